@@ -1,0 +1,1 @@
+"""One generator family per file; every family has `sample(labels, generator=None)`."""

@@ -1,0 +1,123 @@
+"""Training by a loss per image: the VAE and the DDPM, with and without DP-SGD.
+
+Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1, and the authors' `src/core/trainer.py`. Chapter: no_free_lunch.
+Without privacy the published algorithm differs in more than the noise: shuffled batches, the norm of the *batch* gradient
+clipped to 1, for the DDPM a learning rate that falls to 0. It is kept so, and the chapter says it.
+"""
+
+from functools import partial
+
+import torch
+
+from lookalike.models.ddpm import ddpm_loss, draw_diffusion
+from lookalike.models.vae import vae_loss
+from lookalike.privacy.dpsgd import PrivateStep, check_delta, poisson_batch
+
+WARM_UP = 10  # epochs until beta reaches 1; in the code, not in the paper (sheet D17)
+CHECKPOINTS = 20  # per training: often enough to lose little, seldom enough to cost nothing
+
+
+def train_vae(model, images, labels, **settings):
+    """Trains a ConditionalVAE; see `train` for settings and result. beta rises from 0 to 1 over ten epochs."""
+    return train(model, images, labels, _vae_step_loss, **settings)
+
+
+def train_ddpm(model, images, labels, **settings):
+    """Trains a ConditionalDDPM; see `train`. Without privacy the learning rate falls to 0 over the epochs."""
+    return train(model, images, labels, _ddpm_step_loss, decay=True, **settings)
+
+
+def train(
+    model, images, labels, step_loss, *, epochs, lr=1e-4, batch_size=64, decay=False,
+    privacy=None, generator=None, checkpoint=None,
+):  # fmt: skip
+    """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes it DP-SGD on every weight.
+
+    An epoch is ceil(N / batch_size) steps. `generator` (CPU) draws batches, `generator` and torch's global one the rest.
+    `checkpoint` resumes to the same final weights after a kill. Returns {"loss": mean per epoch, "steps", "epsilon"}:
+    the losses of a private run look at the data without noise; epsilon does not cover their publication.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    private = _private(model, optimizer, privacy, generator, len(images))
+    state = resume(checkpoint, {"model": model}, {"adam": optimizer}, {"batches": generator}, private)
+    model.train()
+    for epoch in range(state["epoch"], epochs):
+        if decay and not private:
+            optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
+        losses = []
+        for rows in batches(len(images), batch_size, privacy, generator):
+            loss, drawn = step_loss(model, images[rows], epoch, generator)
+            batch = (images[rows], labels[rows], *drawn)
+            losses.append(private(loss, *batch) if private else _plain_step(model, optimizer, loss, batch))
+        state["loss"].append(mean_loss(losses))
+        state["epoch"] = epoch + 1
+        if due(epoch + 1, epochs):
+            keep(checkpoint, {"model": model}, {"adam": optimizer}, {"batches": generator}, private, state)
+    return report(state, private)
+
+
+def batches(n, batch_size, privacy, generator):
+    """Row indices for one epoch of ceil(n / batch_size) steps: shuffled, or Poisson samples under `privacy`."""
+    steps = -(-n // batch_size)
+    if privacy:
+        return [poisson_batch(n, privacy.sample_rate, generator) for _ in range(steps)]
+    return torch.randperm(n, generator=generator).split(batch_size)
+
+
+def mean_loss(losses):
+    """Mean over the records of an epoch; None where every Poisson batch was empty."""
+    losses = torch.cat([one.cpu() for one in losses])
+    return float(losses.mean()) if len(losses) else None
+
+
+def due(epoch, epochs):
+    """Whether a checkpoint is written after this epoch."""
+    return epoch == epochs or epoch % max(1, epochs // CHECKPOINTS) == 0
+
+
+def resume(checkpoint, modules, optimizers, generators, private):
+    """The state to start from: what the checkpoint holds, else epoch 0; the privacy spent is part of it."""
+    state = checkpoint.load(modules, optimizers, generators) if checkpoint else None
+    if state is None:
+        return {"epoch": 0, "loss": [], "private_steps": 0}
+    if private:
+        private.steps = state["private_steps"]
+    return state
+
+
+def keep(checkpoint, modules, optimizers, generators, private, state):
+    """Saves the state, if there is somewhere to save it."""
+    state["private_steps"] = private.steps if private else 0
+    if checkpoint:
+        checkpoint.save(modules, optimizers, generators, state)
+
+
+def report(state, private):
+    """What every loop returns: the loss per epoch, private steps and their accounted epsilon (None without privacy)."""
+    history = {k: v for k, v in state.items() if k not in ("epoch", "private_steps")}
+    return history | {"steps": private.steps if private else 0, "epsilon": private.epsilon() if private else None}
+
+
+def _private(model, optimizer, privacy, generator, n):
+    if privacy is None:
+        return None
+    check_delta(privacy.delta, n)
+    return PrivateStep(model, optimizer, privacy, generator)
+
+
+def _plain_step(model, optimizer, loss, batch):
+    losses = loss(model, *batch)
+    optimizer.zero_grad(set_to_none=True)
+    losses.mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return losses.detach()
+
+
+def _vae_step_loss(model, images, epoch, generator):
+    return partial(vae_loss, beta=min(1.0, epoch / WARM_UP)), ()
+
+
+def _ddpm_step_loss(model, images, epoch, generator):
+    return ddpm_loss, draw_diffusion(model, images, generator)
