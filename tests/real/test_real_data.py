@@ -1,0 +1,127 @@
+"""The real data of the mirror: verified, complete, and split so that no subject is in two parts."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lookalike.data import exact_duplicates, load, manifest
+
+MIRROR = os.environ.get("LOOKALIKE_MIRROR")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not (MIRROR and Path(MIRROR).is_dir()), reason="LOOKALIKE_MIRROR names no folder with the real data"
+    ),
+]
+
+COUNTS = {  # images per class, in the order of the classes
+    ("mnist", "train"): [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+    ("mnist", "test"): [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
+    ("cbis_ddsm", "train"): [525, 579],
+    ("cbis_ddsm", "val"): [102, 90],
+    ("cbis_ddsm", "test"): [157, 245],
+    ("bcdr", "test"): [486, 620],
+    ("mcgan_synthetic", "train"): [1500, 1500],
+    ("alzheimer", "train"): [717, 52, 2560, 1792],
+    ("alzheimer", "test"): [179, 12, 640, 448],
+    ("pneumoniamnist_parts", "train"): [1214, 3494],
+    ("pneumoniamnist_parts", "val"): [135, 389],
+    ("pneumoniamnist_parts", "test"): [234, 390],
+}
+SIZES = {("ham10000", "train"): 5984, ("ham10000", "test"): 1512}
+SUBJECTS = {
+    ("cbis_ddsm", "train"): 578,
+    ("cbis_ddsm", "val"): 102,
+    ("cbis_ddsm", "test"): 212,
+    ("bcdr", "test"): 394,
+}
+MIRRORED = [
+    "mnist", "cbis_ddsm", "bcdr", "mcgan_synthetic", "alzheimer", "ham10000", "vertebra_units", "mednist",
+    "pneumoniamnist_parts",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the module, so that each set is decoded once and the user's own cache stays as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOOKALIKE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_every_mirrored_file_matches_the_manifest(name):
+    checks = manifest.verify(name)
+    assert all(check.ok for check in checks), [check.sentence for check in checks]
+
+
+@pytest.mark.parametrize(("name", "split"), COUNTS)
+def test_class_counts_are_the_published_ones(name, split):
+    assert np.bincount(load(name, split).labels).tolist() == COUNTS[name, split]
+
+
+@pytest.mark.parametrize(("name", "split"), SIZES)
+def test_sizes_are_the_published_ones(name, split):
+    assert len(load(name, split)) == SIZES[name, split]
+
+
+@pytest.mark.parametrize(("name", "split"), SUBJECTS)
+def test_patients_are_as_many_as_published(name, split):
+    assert len(np.unique(load(name, split).subjects)) == SUBJECTS[name, split]
+
+
+@pytest.mark.parametrize("name", ["cbis_ddsm", "ham10000", "vertebra_units"])
+def test_no_subject_and_no_image_is_in_two_parts(name):
+    splits = ("train", "test") if name == "ham10000" else ("train", "val", "test")
+    parts = [load(name, split) for split in splits]
+    subjects = [set(part.subjects) for part in parts]
+    pixels = [{image.tobytes() for image in part.images} for part in parts]
+    assert sum(map(len, subjects)) == len(set().union(*subjects))
+    assert sum(map(len, pixels)) == len(set().union(*pixels))
+
+
+def test_mnist_is_the_official_one_in_order():
+    train = load("mnist")
+    assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert not (set(load("digits", "test").labels) ^ set(train.labels))
+
+
+def test_the_embedded_digits_are_mnist_digits():
+    mnist = {image.tobytes() for image in load("mnist").images} | {
+        i.tobytes() for i in load("mnist", "test").images
+    }
+    assert all(image.tobytes() in mnist for image in load("digits").images)
+
+
+def test_bcdr_has_its_eight_known_duplicates_and_is_restricted():
+    test = load("bcdr", "test")
+    assert len(test) - len({image.tobytes() for image in test.images}) == 8
+    assert sum(len(rows) - 1 for rows in exact_duplicates(test.images)) == 8
+    assert test.restricted
+    assert "not to be shown or passed on" in test.describe()
+
+
+def test_pneumonia_has_eight_images_in_train_and_val():
+    train, val = load("pneumoniamnist_parts"), load("pneumoniamnist_parts", "val")
+    assert len({i.tobytes() for i in train.images} & {i.tobytes() for i in val.images}) == 8
+
+
+def test_mednist_parts_share_no_image():
+    parts = [load("mednist28", split) for split in ("train", "val", "test")]
+    full = [load("mednist", split) for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 6000
+    pixels = [{image.tobytes() for image in part.images} for part in full]
+    assert sum(map(len, pixels)) == len(set().union(*pixels))
+    assert parts[0].images.shape[1:] == (1, 28, 28)
+    assert (parts[0].stand_in_for, parts[0].subject_kind) == ("organamnist", "image")
+
+
+def test_vertebrae_come_as_whole_exams_of_five_levels():
+    parts = [load("vertebra_units", split) for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 270
+    for part in parts:
+        exams, counts = np.unique(part.subjects, return_counts=True)
+        assert (counts == 5).all()
+        assert np.bincount(part.labels).tolist() == [2 * len(exams), len(exams), 2 * len(exams)]
