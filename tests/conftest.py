@@ -17,7 +17,9 @@ def one_thread():
 
 @pytest.fixture
 def tiny_images():
-    """Eight 28 px images in [-1, 1] with labels of four classes: bright squares at a place that depends on the class."""
+    """Eight 28 px images in [-1, 1] with labels of four classes: bright squares at a place that depends on the
+    class.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)

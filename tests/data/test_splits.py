@@ -35,10 +35,7 @@ def test_the_order_of_the_rows_does_not_matter(subjects, seed, random):
 
 def test_another_seed_gives_another_split():
     subjects = np.arange(100).astype(str)
-    assert (
-        subject_split(subjects, (0.5, 0.5), 0)[0].tolist()
-        != subject_split(subjects, (0.5, 0.5), 1)[0].tolist()
-    )
+    assert subject_split(subjects, (0.5, 0.5), 0)[0].tolist() != subject_split(subjects, (0.5, 0.5), 1)[0].tolist()
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.4), (1.5, -0.5), ((0.5, 0.5),)])

@@ -14,7 +14,9 @@ def test_full_batches_meet_the_gaussian_closed_form():
     sigma, steps, delta = 3.0, 50, 1e-3
     orders = np.array([a for a in ORDERS if a > 1])
     conversion = np.log1p(-1 / orders) - (np.log(delta) + np.log(orders)) / (orders - 1)
-    assert rdp_epsilon(sigma, 1.0, steps, delta) == pytest.approx((steps * orders / (2 * sigma**2) + conversion).min(), rel=1e-9)
+    assert rdp_epsilon(sigma, 1.0, steps, delta) == pytest.approx(
+        (steps * orders / (2 * sigma**2) + conversion).min(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(("sigma", "order"), [(0.3, 1.05), (1.0, 1.5), (2.0, 4.0)])

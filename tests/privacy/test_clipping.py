@@ -60,7 +60,11 @@ def family(name, images, labels):
         batch = (images, -images, labels, labels.flip(0))
         return quiet(Discriminator(num_classes=4, width=8)), discriminator_loss, batch
     model = ConditionalDDPM(num_classes=4, width=8, timesteps=20)
-    return model, ddpm_loss, (images, labels, *draw_diffusion(model, images, torch.Generator().manual_seed(1)))
+    return (
+        model,
+        ddpm_loss,
+        (images, labels, *draw_diffusion(model, images, torch.Generator().manual_seed(1))),
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +89,9 @@ def test_any_convolution_equals_the_loop(
     kernel, stride, padding, channels, out, size, records, transposed, bias, max_grad_norm, seed
 ):
     torch.manual_seed(seed)
-    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(channels, out, kernel, stride, padding, bias=bias).double()
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(
+        channels, out, kernel, stride, padding, bias=bias
+    ).double()
     images = torch.randn(records, channels, size, size).double()
     assert_equal_to_loop(layer, squared, (images,), "bookkeeping", max_grad_norm, tolerance=1e-9)
 

@@ -68,13 +68,19 @@ def test_epsilon_counts_steps():
 
 
 def test_what_would_break_the_guarantee_is_refused():
+    mixing = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="batch normalisation"):
-        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        PrivateStep(model, torch.optim.SGD(model.parameters(), lr=1.0), PRIVACY)
+        PrivateStep(mixing, torch.optim.SGD(mixing.parameters(), lr=1.0), PRIVACY)
     with pytest.raises(ValueError, match="not below 1 / 100"):
         check_delta(0.01, 100)
     check_delta(0.0099, 100)
-    for wrong in ({"noise_multiplier": 0.0}, {"sample_rate": 0.0}, {"sample_rate": 1.1}, {"delta": 1.0}, {"max_grad_norm": 0.0}):
+    for wrong in (
+        {"noise_multiplier": 0.0},
+        {"sample_rate": 0.0},
+        {"sample_rate": 1.1},
+        {"delta": 1.0},
+        {"max_grad_norm": 0.0},
+    ):
         with pytest.raises(ValueError, match="must"):
             Privacy(**({"noise_multiplier": 1.0, "sample_rate": 0.5, "expected_batch_size": 4, "delta": 0.1} | wrong))
 

@@ -89,9 +89,7 @@ def test_mnist_is_the_official_one_in_order():
 
 
 def test_the_embedded_digits_are_mnist_digits():
-    mnist = {image.tobytes() for image in load("mnist").images} | {
-        i.tobytes() for i in load("mnist", "test").images
-    }
+    mnist = {image.tobytes() for image in load("mnist").images} | {i.tobytes() for i in load("mnist", "test").images}
     assert all(image.tobytes() in mnist for image in load("digits").images)
 
 

@@ -44,9 +44,7 @@ def load(name: str, split: str = "train", image_size: int | None = None) -> Imag
     splits = ("train", "val", "test") if name in _PHANTOMS else _SETS[name].splits
     if split not in splits:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}.")
-    return (
-        _load_phantom(name, split, image_size) if name in _PHANTOMS else _load_files(name, split, image_size)
-    )
+    return _load_phantom(name, split, image_size) if name in _PHANTOMS else _load_files(name, split, image_size)
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ def _resized(images, size):
     top, left = (side - height) // 2, (side - width) // 2
     margins = ((0, 0), (0, 0), (top, side - height - top), (left, side - width - left))
     planes = np.pad(images, margins).reshape(-1, side, side)
-    small = [
-        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes
-    ]
+    small = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes]
     return np.stack(small).reshape(*images.shape[:2], size, size)
 
 

@@ -36,22 +36,18 @@ class ImageSet:
     def __post_init__(self):
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
             raise ValueError(
-                f"{self.name}: images must be uint8 (N, C, H, W), "
-                f"not {self.images.dtype} {self.images.shape}."
+                f"{self.name}: images must be uint8 (N, C, H, W), not {self.images.dtype} {self.images.shape}."
             )
         if self.labels.dtype != np.int64 or self.labels.shape != (len(self),):
             raise ValueError(
-                f"{self.name}: labels must be int64 ({len(self)},), "
-                f"not {self.labels.dtype} {self.labels.shape}."
+                f"{self.name}: labels must be int64 ({len(self)},), not {self.labels.dtype} {self.labels.shape}."
             )
         if self.subjects.dtype.kind != "U" or self.subjects.shape != (len(self),):
             raise ValueError(f"{self.name}: subjects must be {len(self)} strings, one per image.")
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(f"{self.name}: labels run outside 0..{len(self.classes) - 1}.")
         if self.origin not in ORIGINS:
-            raise ValueError(
-                f"{self.name}: origin is {self.origin!r}, but must be one of {', '.join(ORIGINS)}."
-            )
+            raise ValueError(f"{self.name}: origin is {self.origin!r}, but must be one of {', '.join(ORIGINS)}.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,8 +70,7 @@ class ImageSet:
             found = np.flatnonzero(self.labels == label)
             if len(found) < k:
                 raise ValueError(
-                    f"{self.name} ({self.split}) has {len(found)} images of class "
-                    f"{self.classes[label]!r}, not {k}."
+                    f"{self.name} ({self.split}) has {len(found)} images of class {self.classes[label]!r}, not {k}."
                 )
             rows.append(found[:k])
         return self.subset(np.concatenate(rows) if rows else [])
@@ -100,9 +95,7 @@ class ImageSet:
             if self.subject_kind == "image"
             else f"{len(np.unique(self.subjects)):,} {self.subject_kind}s"
         )
-        terms = f"licence: {self.licence}" + (
-            "; restricted, not to be shown or passed on" if self.restricted else ""
-        )
+        terms = f"licence: {self.licence}" + ("; restricted, not to be shown or passed on" if self.restricted else "")
         stand_in = f"; a stand-in for {self.stand_in_for}" if self.stand_in_for else ""
         return (
             f"{self.name} ({self.split}): {len(self):,} {self.origin} images of {shape} ({counts}); "

@@ -91,9 +91,7 @@ class Manifest:
     def entry(self, name: str) -> Entry:
         """The entry of that name, or a sentence that lists the names."""
         if name not in self.entries:
-            raise DataError(
-                f"The data manifest has no entry {name!r}; it has {', '.join(sorted(self.entries))}."
-            )
+            raise DataError(f"The data manifest has no entry {name!r}; it has {', '.join(sorted(self.entries))}.")
         return self.entries[name]
 
 
@@ -158,9 +156,7 @@ def verify(name: str, manifest: Manifest | None = None) -> list[FileCheck]:
         _stamp(file, local).unlink(missing_ok=True)
         if not wrong:
             _write_stamp(file, local)
-        checks.append(
-            FileCheck(file.path, not wrong, f"{local} {wrong}." if wrong else _verified_sentence(file))
-        )
+        checks.append(FileCheck(file.path, not wrong, f"{local} {wrong}." if wrong else _verified_sentence(file)))
     return checks
 
 
@@ -188,8 +184,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise DataError(
-                    f"The data manifest has {key!r} twice, in the block that starts at line "
-                    f"{node.start_mark.line + 1}."
+                    f"The data manifest has {key!r} twice, in the block that starts at line {node.start_mark.line + 1}."
                 )
         return super().construct_mapping(node, deep)
 
@@ -207,17 +202,14 @@ _FILE_OPTIONAL = {
 
 def _entry(name, values):
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
-        raise DataError(
-            f"Manifest entry {name!r}: a name is made of lower case letters, digits and underscores."
-        )
+        raise DataError(f"Manifest entry {name!r}: a name is made of lower case letters, digits and underscores.")
     _check_keys(name, values, _ENTRY_KEYS, _ENTRY_OPTIONAL)
     if values["kind"] not in ("data", "weights"):
         raise DataError(f"Manifest entry {name}: kind is {values['kind']!r}, but must be data or weights.")
     for chapter in values["chapters"]:
         if chapter not in CHAPTERS:
             raise DataError(
-                f"Manifest entry {name}: chapters names {chapter!r}, "
-                f"but the chapters are {', '.join(CHAPTERS)}."
+                f"Manifest entry {name}: chapters names {chapter!r}, but the chapters are {', '.join(CHAPTERS)}."
             )
     if not values["files"]:
         raise DataError(f"Manifest entry {name}: files is empty.")
@@ -231,13 +223,9 @@ def _file(name, values):
     _check_keys(name, values, _FILE_KEYS, _FILE_OPTIONAL, where="files")
     path = PurePosixPath(values["path"])
     if path.is_absolute() or ".." in path.parts or "\\" in values["path"] or not path.parts:
-        raise DataError(
-            f"Manifest entry {name}: path {values['path']!r} must be relative, with no '..' in it."
-        )
+        raise DataError(f"Manifest entry {name}: path {values['path']!r} must be relative, with no '..' in it.")
     if values["how"] not in HOWS:
-        raise DataError(
-            f"Manifest entry {name}: how is {values['how']!r}, but must be one of {', '.join(HOWS)}."
-        )
+        raise DataError(f"Manifest entry {name}: how is {values['how']!r}, but must be one of {', '.join(HOWS)}.")
     for key, length in _HASH_LENGTHS.items():
         if key in values and not re.fullmatch(rf"[0-9a-f]{{{length}}}", values[key]):
             raise DataError(f"Manifest entry {name}: {key} of {path} must be {length} lower case hex digits.")
@@ -270,21 +258,13 @@ def _check_files(name, values, files):
         if paths.count(file.path) > 1:
             raise DataError(f"Manifest entry {name}: path {file.path!r} is given twice.")
         if file.how == "url" and not (file.url and file.checksum):
-            raise DataError(
-                f"Manifest entry {name}: {file.path} is to be downloaded, so it needs url and a checksum."
-            )
+            raise DataError(f"Manifest entry {name}: {file.path} is to be downloaded, so it needs url and a checksum.")
         if file.how == "pypi" and not (values.get("package") and file.checksum):
-            raise DataError(
-                f"Manifest entry {name}: {file.path} comes from PyPI, so it needs package and a checksum."
-            )
+            raise DataError(f"Manifest entry {name}: {file.path} comes from PyPI, so it needs package and a checksum.")
         if file.how == "by hand" and not values.get("by_hand"):
-            raise DataError(
-                f"Manifest entry {name}: {file.path} must be got by hand, so the entry needs by_hand."
-            )
+            raise DataError(f"Manifest entry {name}: {file.path} must be got by hand, so the entry needs by_hand.")
         if file.how == "url" and values["login"]:
-            raise DataError(
-                f"Manifest entry {name}: login is true, so {file.path} cannot be downloaded by url."
-            )
+            raise DataError(f"Manifest entry {name}: login is true, so {file.path} cannot be downloaded by url.")
 
 
 # --- finding a file -----------------------------------------------------------------------------------------
@@ -308,11 +288,7 @@ def _local(file):
     """The file in the installed package, the cache or the mirror, unverified; None if in none of them."""
     if file.how == "pypi":
         spec = importlib.util.find_spec(PurePosixPath(file.path).parts[0])
-        places = (
-            [Path(folder).parent / file.path for folder in (spec.submodule_search_locations or ())]
-            if spec
-            else []
-        )
+        places = [Path(folder).parent / file.path for folder in (spec.submodule_search_locations or ())] if spec else []
     else:
         places = [root / file.path for root in (cache_dir(), mirror_dir()) if root]
     return next((place for place in places if place.is_file()), None)
@@ -369,11 +345,7 @@ def _looks_like_html(start):
 
 
 def _stamp(file, local):
-    return (
-        cache_dir()
-        / ".stamps"
-        / (hashlib.sha256(f"{local}\n{file.checksum}".encode()).hexdigest()[:32] + ".json")
-    )
+    return cache_dir() / ".stamps" / (hashlib.sha256(f"{local}\n{file.checksum}".encode()).hexdigest()[:32] + ".json")
 
 
 def _fingerprint(local):

@@ -279,9 +279,7 @@ def _through_scanner(image, site, rng):
     """uint8 image of a site: site 1 is darker, softer and noisier than site 0."""
     if site:
         sigma = image.shape[-1] / 90
-        image = (
-            0.04 + 0.82 * gaussian_filter(image, (0, sigma, sigma)) + 0.02 * rng.standard_normal(image.shape)
-        )
+        image = 0.04 + 0.82 * gaussian_filter(image, (0, sigma, sigma)) + 0.02 * rng.standard_normal(image.shape)
     return (255 * image.clip(0, 1)).round().astype(np.uint8)
 
 
@@ -342,9 +340,7 @@ def _maze(rng, size, cycles):
     """Noise (size, size) with about `cycles` waves across, deviation 1: its zero lines run like folds or
     strands.
     """
-    noise = np.fft.irfft2(
-        np.fft.rfft2(rng.standard_normal((size, size))) * _ring(size, cycles), s=(size, size)
-    )
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * _ring(size, cycles), s=(size, size))
     return noise / noise.std()
 
 
@@ -393,9 +389,7 @@ def _mass(rng, size, factors, contour, view):
     u, v = _placed(size, rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15), angle, 1.0)
     v = v * (1.25 - 0.2 * view)
     r, theta = np.hypot(u, v), np.arctan2(v, u)
-    wobble = sum(
-        w * np.cos((k + 2) * theta + p) / (1 + 0.25 * k) for k, (w, p) in enumerate(zip(weights, phases))
-    )
+    wobble = sum(w * np.cos((k + 2) * theta + p) / (1 + 0.25 * k) for k, (w, p) in enumerate(zip(weights, phases)))
     edge = factors["radius"] * (1 + factors["irregularity"] * wobble)
     body = _inside(r - edge, factors["margin"]) * (1 + 0.12 * _cloud(rng, size, 2.8))
     # Between two ridges the height falls to nothing, so each ridge becomes a ray of its own length.
@@ -435,12 +429,8 @@ def _spine_slice(size, factors, lateral, texture):
     depth, height = f["depth_mm"] * within / 2, f["height_mm"] / 2 * (1 + f["wedge"] * u / f["depth_mm"])
     waist = 0.06 * f["depth_mm"] * (1 - (w / height) ** 2).clip(0)
     body = _box(u, w, np.maximum(depth - waist, 0.1), height)
-    discs = _box(
-        u, np.abs(w) - pitch / 2, np.maximum(depth * 0.95, 0.1), np.maximum(pitch / 2 - height, 0.4) * 0.9
-    )
-    image = (
-        f["muscle"] + 0.03 * texture + (f["fat"] - f["muscle"]) * 0.55 * _inside(u + f["depth_mm"] * 0.75, 14)
-    )
+    discs = _box(u, np.abs(w) - pitch / 2, np.maximum(depth * 0.95, 0.1), np.maximum(pitch / 2 - height, 0.4) * 0.9)
+    image = f["muscle"] + 0.03 * texture + (f["fat"] - f["muscle"]) * 0.55 * _inside(u + f["depth_mm"] * 0.75, 14)
     back = f["depth_mm"] / 2 + 1.5
     image = image + _inside(-u, 3) * (0.55 * f["fat"] + 0.08 * texture - image)
     half = f["canal_mm"] / 2
@@ -474,9 +464,7 @@ def _lesion(rng, size, factors):
     mottle = 0.02 * _cloud(rng, size, 2.5) + 0.012 * _cloud(rng, size, 1.2)
     u, v = _placed(size, rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15), rng.uniform(0, np.pi), 1.0)
     r, theta = np.hypot(u, v * rng.uniform(1.0, 1.3)), np.arctan2(v, u)
-    waves = sum(
-        rng.uniform(0.3, 1) * np.cos(k * theta + rng.uniform(0, 2 * np.pi)) / k**0.5 for k in range(1, 7)
-    )
+    waves = sum(rng.uniform(0.3, 1) * np.cos(k * theta + rng.uniform(0, 2 * np.pi)) / k**0.5 for k in range(1, 7))
     edge = factors["radius"] * (1 + factors["asymmetry"] * waves) + 0.07 * _cloud(rng, size, 3.6)
     mask = _inside(r - edge, rng.uniform(0.12, 0.4))
     network = 1 - 0.25 * np.exp(-np.square(_maze(rng, size, 13) / 0.5)) + 0.06 * _cloud(rng, size, 1.5)
@@ -536,16 +524,10 @@ def _brain_slice(size, factors, folds, texture):
 def _ventricles(x, y, a, size):
     """Distances to the front horns, the back horns and the third ventricle, each on its own scale."""
     front = (
-        np.hypot(
-            (a - 0.05 - 0.55 * (-y - 0.10).clip(0)) / (0.42 * size + 0.02), (y + 0.20) / (0.07 + 0.75 * size)
-        )
-        - 1
+        np.hypot((a - 0.05 - 0.55 * (-y - 0.10).clip(0)) / (0.42 * size + 0.02), (y + 0.20) / (0.07 + 0.75 * size)) - 1
     )
     back = (
-        np.hypot(
-            (a - 0.07 - 0.45 * (y - 0.20).clip(0)) / (0.45 * size + 0.01), (y - 0.34) / (0.04 + 0.75 * size)
-        )
-        - 1
+        np.hypot((a - 0.07 - 0.45 * (y - 0.20).clip(0)) / (0.45 * size + 0.01), (y - 0.34) / (0.04 + 0.75 * size)) - 1
     )
     third = np.hypot(x / (0.012 + 0.10 * size), (y - 0.08) / 0.15) - 1
     return front, back, third

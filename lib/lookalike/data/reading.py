@@ -38,9 +38,7 @@ class DataError(RuntimeError):
     """A file cannot be had or must not be read; the message is one sentence for the user."""
 
 
-def unpack(
-    archive: Path | str, into: Path | str, max_members=MAX_MEMBERS, max_bytes=MAX_UNPACKED_BYTES
-) -> Path:
+def unpack(archive: Path | str, into: Path | str, max_members=MAX_MEMBERS, max_bytes=MAX_UNPACKED_BYTES) -> Path:
     """Unpacks a zip or tar into the new folder `into` and returns that; if refused, nothing is left."""
     archive, into = Path(archive), Path(into)
     if into.exists():
@@ -111,8 +109,7 @@ def read_idx(path: Path | str, max_bytes=MAX_IDX_BYTES) -> np.ndarray:
             promised = math.prod(shape)
             if promised > max_bytes:
                 raise DataError(
-                    f"{path.name} claims {promised:,} bytes of data (shape {shape}), "
-                    f"over the limit of {max_bytes:,}."
+                    f"{path.name} claims {promised:,} bytes of data (shape {shape}), over the limit of {max_bytes:,}."
                 )
             content = stream.read(promised)
             if len(content) < promised:
@@ -142,9 +139,7 @@ def read_image(content: bytes, name: str, mode: str) -> np.ndarray:
                 )
             return np.asarray(image.convert(mode))
     except Image.DecompressionBombError:
-        raise DataError(
-            f"{name} claims more pixels than the limit of {MAX_PIXELS:,}: it was not decoded."
-        ) from None
+        raise DataError(f"{name} claims more pixels than the limit of {MAX_PIXELS:,}: it was not decoded.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a PNG or JPEG image.") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -209,9 +204,7 @@ class _Names:
         path = PurePosixPath(name)
         odd = "\\" in name or "\0" in name or name[1:2] == ":" or not (path.parts or is_folder)
         if path.is_absolute() or ".." in path.parts or odd:
-            raise DataError(
-                f"{self.archive} holds a member named {name!r}, which would land outside its folder."
-            )
+            raise DataError(f"{self.archive} holds a member named {name!r}, which would land outside its folder.")
         return path.parts
 
 
@@ -302,8 +295,7 @@ class _Bounded:
         self.left -= len(content)
         if self.left < 0:
             raise DataError(
-                f"{self.name} unpacks to more than {self.limit:,} bytes ({MAX_RATIO} to 1): "
-                "this looks like a bomb."
+                f"{self.name} unpacks to more than {self.limit:,} bytes ({MAX_RATIO} to 1): this looks like a bomb."
             )
         return content
 
@@ -316,9 +308,7 @@ def _within(stream, max_bytes, name):
     while chunk := stream.read(_CHUNK):
         total += len(chunk)
         if total > max_bytes:
-            raise DataError(
-                f"{name} unpacks to more than {max_bytes:,} bytes, which the manifest gives as its size."
-            )
+            raise DataError(f"{name} unpacks to more than {max_bytes:,} bytes, which the manifest gives as its size.")
         yield chunk
 
 
@@ -327,21 +317,14 @@ def _check_npy_header(archive, opened, member):
     try:
         with opened.open(member) as stream:
             version = np.lib.format.read_magic(stream)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
             begins = stream.tell()
     except (ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{archive} holds {member.filename!r}, which is not a numpy array: {error}."
-        ) from None
+        raise DataError(f"{archive} holds {member.filename!r}, which is not a numpy array: {error}.") from None
     if dtype.hasobject:
         raise DataError(
-            f"{archive} holds pickled Python objects in {member.filename!r}, "
-            "which could run code when read: refused."
+            f"{archive} holds pickled Python objects in {member.filename!r}, which could run code when read: refused."
         )
     promised = math.prod(shape) * dtype.itemsize
     if begins + promised != member.file_size:

@@ -13,9 +13,7 @@ def subject_split(subjects, fractions, seed=0) -> list[np.ndarray]:
     """
     subjects, fractions = np.asarray(subjects).astype(str), np.asarray(fractions, float)
     if fractions.ndim != 1 or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-9:
-        raise ValueError(
-            f"The fractions of a split must be non-negative and add up to 1, not {fractions.tolist()}."
-        )
+        raise ValueError(f"The fractions of a split must be non-negative and add up to 1, not {fractions.tolist()}.")
     unique, rows = np.unique(subjects, return_inverse=True)
     order = sorted(range(len(unique)), key=lambda i: hashlib.sha256(f"{seed}:{unique[i]}".encode()).digest())
     ends = np.rint(np.cumsum(fractions) * len(unique)).astype(int)

@@ -1,7 +1,7 @@
 """Conditional DDPM for small grey images.
 
-Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1; layers from the authors' `src/models/diffusion.py`, which
-follows TeaPearce/Conditional_Diffusion_MNIST with GroupNorm in place of BatchNorm. Chapter: no_free_lunch.
+Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1; layers from the authors' `src/models/diffusion.py`,
+which follows TeaPearce/Conditional_Diffusion_MNIST with GroupNorm in place of BatchNorm. Chapter: no_free_lunch.
 The noise schedule and the fast sampler come from diffusers; the paper's ancestral sampler is written out here.
 As in the paper the diffusion runs on pixels in [0, 1].
 """
@@ -30,7 +30,11 @@ class ConditionalDDPM(nn.Module):
         super().__init__()
         if image_size != 28:
             raise ValueError(f"This U-Net pools 28 px to 7 and then to 1; image_size must be 28, not {image_size}.")
-        self.shape, self.num_classes, self.timesteps = (channels, image_size, image_size), num_classes, timesteps
+        self.shape, self.num_classes, self.timesteps = (
+            (channels, image_size, image_size),
+            num_classes,
+            timesteps,
+        )
         self.guidance, self.label_dropout = guidance, label_dropout
         self.sampler, self.sampling_steps = sampler, sampling_steps
         w = width
@@ -51,7 +55,9 @@ class ConditionalDDPM(nn.Module):
         self.register_buffer("signal", signal, persistent=False)
 
     def forward(self, x_t, labels, t, keep):
-        """Predicted noise (N, C, S, S) at steps t (N,); keep (N,) is 1 where the label is shown, 0 where it is hidden."""
+        """Predicted noise (N, C, S, S) at steps t (N,); keep (N,) is 1 where the label is shown, 0 where it is
+        hidden.
+        """
         # The authors' mask multiplies a shown label by -1; harmless, kept so that weights mean the same.
         shown = -one_hot(labels, self.num_classes) * keep[:, None]
         time = (t.to(x_t.dtype) / self.timesteps)[:, None]
@@ -74,7 +80,10 @@ class ConditionalDDPM(nn.Module):
 
     def guided_noise(self, x_t, labels, t):
         """Classifier-free guidance: (1 + w) e(x, c) - w e(x), with both halves in one forward pass."""
-        twice, keep = torch.cat([labels, labels]), torch.arange(2, device=labels.device).repeat_interleave(len(labels))
+        twice, keep = (
+            torch.cat([labels, labels]),
+            torch.arange(2, device=labels.device).repeat_interleave(len(labels)),
+        )
         steps = torch.full_like(twice, t)
         hidden, shown = self(torch.cat([x_t, x_t]), twice, steps, keep).chunk(2)
         return (1 + self.guidance) * shown - self.guidance * hidden
@@ -96,7 +105,7 @@ class ConditionalDDPM(nn.Module):
         with warnings.catch_warnings():  # diffusers 0.42 hands a tensor to numpy 2 the old way
             warnings.simplefilter("ignore", DeprecationWarning)
             solver = DPMSolverMultistepScheduler(self.timesteps, trained_betas=betas.numpy())
-        solver.set_timesteps(self.sampling_steps)
+            solver.set_timesteps(self.sampling_steps)
         x = noise()
         for step in solver.timesteps:  # the solver counts from 0, the paper from 1
             x = solver.step(self.guided_noise(x, labels, int(step) + 1), step, x).prev_sample
@@ -106,14 +115,17 @@ class ConditionalDDPM(nn.Module):
 def ddpm_loss(model, images, labels, t, signal, noise, keep):
     """Squared error of the predicted noise per image (N,), averaged over pixels.
 
-    t, signal, noise, keep come from `draw_diffusion`: drawn outside, so that the loss is a plain function of each image.
+    t, signal, noise, keep come from `draw_diffusion`: drawn outside, so that the loss is a plain function of each
+    image.
     """
     x_t = signal.sqrt() * to_unit(images) + (1 - signal).sqrt() * noise
     return (model(x_t, labels, t, keep) - noise).square().flatten(1).mean(1)
 
 
 def draw_diffusion(model, images, generator=None):
-    """What one training step draws: t ~ U{1..T} (N,), alpha bar at t (N, 1, 1, 1), noise (N, C, S, S), keep (N,) in {0, 1}."""
+    """What one training step draws: t ~ U{1..T} (N,), alpha bar at t (N, 1, 1, 1), noise (N, C, S, S), keep (N,) in
+    {0, 1}.
+    """
     t = torch.randint(1, model.timesteps + 1, (len(images),), generator=generator).to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     keep = (torch.rand(len(images), generator=generator) >= model.label_dropout).float().to(images.device)
@@ -155,4 +167,3 @@ def _single(before, after):
 
 def _double(before, after):
     return nn.Sequential(_single(before, after), _single(after, after))
-

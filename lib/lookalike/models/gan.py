@@ -68,7 +68,8 @@ def trunk(channels, width):
     groups = _groups(width)
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.25),
-        *_block(width, 2 * width, 2, groups), *_block(2 * width, 4 * width, 2, groups), *_block(4 * width, 8 * width, 1, groups),
+        *_block(width, 2 * width, 2, groups), *_block(2 * width, 4 * width, 2, groups), *_block(4 * width, 8 * width,
+        1, groups),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Epsilon of Poisson-subsampled Gaussian steps, image level, add-or-remove-one neighbours.
 
-Rényi accounting (Mironov 2017; Mironov et al. 2019) by Opacus. At the settings of no_free_lunch (sigma 0.1 to 0.4, 20,000 steps)
-epsilon is in the ten thousands; near-exact accountants need more memory there than a machine has, so Rényi it is.
+Rényi accounting (Mironov 2017; Mironov et al. 2019) by Opacus. At the settings of no_free_lunch (sigma 0.1 to 0.4,
+20,000 steps) epsilon is in the ten thousands; near-exact accountants need more memory there than a machine has, so
+Rényi it is.
 """
 
 import warnings

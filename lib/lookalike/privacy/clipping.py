@@ -1,11 +1,12 @@
 """The sum of clipped per-record gradients, three exact ways: book-keeping, Opacus' hooks, whole-model vmap.
 
-Book-keeping follows Bu et al. 2023, "Differentially Private Optimization on Large Model at Small Cost" (arXiv 2210.00038):
-one backward pass that stops at every layer's output, the norm of each record's gradient from what the layer saw, then one
-clipped weight-gradient pass. No tensor of size records x weights is ever held, so nothing of it can be saved by accident.
+Book-keeping follows Bu et al. 2023, "Differentially Private Optimization on Large Model at Small Cost" (arXiv
+2210.00038): one backward pass that stops at every layer's output, the norm of each record's gradient from what the
+layer saw, then one clipped weight-gradient pass. Gradients per record exist for one layer at a time, where that is
+cheaper than going without, and are gone when its norm is known.
 
-A loss is `loss(model, *batch)`, one number per record (N,); every tensor of the batch has the records first. A network may
-see a multiple of N rows (a discriminator sees each record's real and made image): row j belongs to record j mod N.
+A loss is `loss(model, *batch)`, one number per record (N,); every tensor of the batch has the records first. A network
+may see a multiple of N rows (a discriminator sees each record's real and made image): row j belongs to record j mod N.
 """
 
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 def clipped_sum(model, loss, batch, max_grad_norm, method="bookkeeping"):
     """Sum over records of each record's gradient scaled to norm at most `max_grad_norm`.
 
-    Returns a dict parameter -> sum (shape of the parameter), the losses (N,), detached, and the norms before clipping (N,).
-    `method` is "bookkeeping", "hooks" or "vmap"; see `best_method`.
+    Returns a dict parameter -> sum (shape of the parameter), the losses (N,), detached, and the norms before clipping
+    (N,). `method` is "bookkeeping", "hooks" or "vmap"; see `best_method`.
     """
     methods = {"bookkeeping": _bookkeeping, "hooks": _hooks, "vmap": _vmap}
     if method not in methods:
@@ -30,7 +31,7 @@ def clipped_sum(model, loss, batch, max_grad_norm, method="bookkeeping"):
 
 
 def best_method(model):
-    """The fastest method that is exact for this model: book-keeping where it knows every layer with weights, else vmap."""
+    """The fastest exact method: book-keeping where it knows every layer with weights, else vmap."""
     return "bookkeeping" if not unknown_layers(model) else "vmap"
 
 
@@ -73,7 +74,9 @@ def _forward_backward(model, layers, loss, batch):
         if len(args[0]) != rows[0]:  # windows or tokens folded into the batch: whose row is whose is lost
             raise ValueError(f"A {type(layer).__name__} sees other rows than the model is given; use method='vmap'.")
         inputs[layer] = args[0].detach()
-        if not output.requires_grad:  # the first layer: its weights are frozen here, so nothing before it needs a gradient
+        if (
+            not output.requires_grad
+        ):  # the first layer: its weights are frozen here, so nothing before it needs a gradient
             output.requires_grad_()
         output.register_hook(lambda slope: slopes.__setitem__(layer, slope.detach()))
 
@@ -110,7 +113,7 @@ def _squared_norms(layer, x, slope, n):
         yield _per_record(scale, n).square().sum(1)
         yield _per_record(shift, n).square().sum(1)
         return
-    yield _convolution_norm(layer, x, slope, n) if isinstance(layer, CONVOLUTIONS) else _linear_norm(x, slope, n)
+    yield (_convolution_norm(layer, x, slope, n) if isinstance(layer, CONVOLUTIONS) else _linear_norm(x, slope, n))
     if layer.bias is not None:
         yield _per_record(_over_positions(layer, slope), n).square().sum(1)
 
@@ -211,7 +214,7 @@ def _hooks(model, loss, batch, max_grad_norm):
 
 
 def _opacus(model):
-    """Opacus 1.6 reads convolution inputs as if contiguous: a channels_last input gives wrong gradients without an error."""
+    """Wraps for Opacus 1.6, which reads convolution inputs as if contiguous and is silently wrong on channels_last."""
     from opacus import GradSampleModule
     from opacus.grad_sample import register_grad_sampler
     from opacus.grad_sample.conv import compute_conv_grad_sample

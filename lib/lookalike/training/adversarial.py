@@ -1,8 +1,9 @@
 """Training the conditional GAN; under DP-SGD only the discriminator, which alone sees private images, is private.
 
-Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1, and the authors' `src/core/trainer.py`, `src/models/scheduler.py`.
-Chapter: no_free_lunch. Two things leak in the published private training and are mended by default (`as_published=False`):
-the generator's labels and batch size come from the private batch, and an un-noised loss decides when it trains.
+Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1, and the authors' `src/core/trainer.py`,
+`src/models/scheduler.py`. Chapter: no_free_lunch. Two things leak in the published private training and are mended by
+default (`as_published=False`): the generator's labels and batch size come from the private batch, and an un-noised loss
+decides when it trains.
 """
 
 import math
@@ -24,9 +25,9 @@ def train_gan(
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes the discriminator's steps DP-SGD.
 
-    Without privacy: gradient penalty and the authors' schedule. With it: no penalty (it has no per-record gradient), labels
-    for made images drawn uniformly, one generator step per ten discriminator steps; `as_published` takes the private labels
-    and the authors' loss-driven schedule instead, and then epsilon does NOT cover the generator.
+    Without privacy: gradient penalty and the authors' schedule. With it: no penalty (it has no per-record gradient),
+    labels for made images drawn uniformly, one generator step per ten discriminator steps; `as_published` takes the
+    private labels and the authors' loss-driven schedule instead, and then epsilon does NOT cover the generator.
     Returns {"loss": mean discriminator loss per epoch, "generator_steps", "steps", "epsilon"}; see `likelihood.train`.
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -39,7 +40,9 @@ def train_gan(
     if privacy:
         check_delta(privacy.delta, len(images))
         private = PrivateStep(discriminator, adam["d"], privacy, generator)
-    schedule = Schedule(target=0.0 if privacy else math.log(2), every=0 if as_published or not privacy else PRIVATE_EVERY)
+    schedule = Schedule(
+        target=0.0 if privacy else math.log(2), every=0 if as_published or not privacy else PRIVATE_EVERY
+    )
     state = resume(checkpoint, modules, adam, {"batches": generator}, private)
     state.setdefault("generator_steps", 0)
     schedule.__dict__.update(state.pop("schedule", {}))
@@ -65,15 +68,23 @@ def train_gan(
         state["loss"].append(mean_loss(losses))
         state["epoch"] = epoch + 1
         if due(epoch + 1, epochs):
-            keep(checkpoint, modules, adam, {"batches": generator}, private, state | {"schedule": schedule.__dict__})
+            keep(
+                checkpoint,
+                modules,
+                adam,
+                {"batches": generator},
+                private,
+                state | {"schedule": schedule.__dict__},
+            )
     return report(state, private)
 
 
 class Schedule:
     """When the generator trains after a discriminator step.
 
-    every > 0: after each `every`-th one. Else the authors' rule on a moving average (0.9) of the discriminator's loss: in the
-    first 6 steps, after 50 steps without, or while the average is within 0.6 of `target` (ln 2 without privacy, 0 with).
+    every > 0: after each `every`-th one. Else the authors' rule on a moving average (0.9) of the discriminator's loss:
+    in the first 6 steps, after 50 steps without, or while the average is within 0.6 of `target` (ln 2 without privacy,
+    0 with).
     """
 
     def __init__(self, target, every=0):

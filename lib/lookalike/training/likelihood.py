@@ -1,8 +1,8 @@
 """Training by a loss per image: the VAE and the DDPM, with and without DP-SGD.
 
-Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1, and the authors' `src/core/trainer.py`. Chapter: no_free_lunch.
-Without privacy the published algorithm differs in more than the noise: shuffled batches, the norm of the *batch* gradient
-clipped to 1, for the DDPM a learning rate that falls to 0. It is kept so, and the chapter says it.
+Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 3.1, and the authors' `src/core/trainer.py`. Chapter:
+no_free_lunch. Without privacy the published algorithm differs in more than the noise: shuffled batches, the norm of
+the *batch* gradient clipped to 1, for the DDPM a learning rate that falls to 0. It is kept so, and the chapter says it.
 """
 
 from functools import partial
@@ -33,9 +33,9 @@ def train(
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes it DP-SGD on every weight.
 
-    An epoch is ceil(N / batch_size) steps. `generator` (CPU) draws batches, `generator` and torch's global one the rest.
-    `checkpoint` resumes to the same final weights after a kill. Returns {"loss": mean per epoch, "steps", "epsilon"}:
-    the losses of a private run look at the data without noise; epsilon does not cover their publication.
+    An epoch is ceil(N / batch_size) steps. `generator` (CPU) draws batches, `generator` and torch's global one the
+    rest. `checkpoint` resumes to the same final weights after a kill. Returns {"loss": mean per epoch, "steps",
+    "epsilon"}: the losses of a private run look at the data without noise; epsilon does not cover their publication.
     """
     generator = generator or torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -96,7 +96,10 @@ def keep(checkpoint, modules, optimizers, generators, private, state):
 def report(state, private):
     """What every loop returns: the loss per epoch, private steps and their accounted epsilon (None without privacy)."""
     history = {k: v for k, v in state.items() if k not in ("epoch", "private_steps")}
-    return history | {"steps": private.steps if private else 0, "epsilon": private.epsilon() if private else None}
+    return history | {
+        "steps": private.steps if private else 0,
+        "epsilon": private.epsilon() if private else None,
+    }
 
 
 def _private(model, optimizer, privacy, generator, n):

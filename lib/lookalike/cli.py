@@ -1,0 +1,215 @@
+"""The command line: every verb a few lines over the library.
+
+Torch and the notebook tools are imported inside the verbs, so that `lookalike --help` is quick. A sentence
+that the library raises is printed as it is, without a traceback, and the exit code is 2.
+"""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="The data sets and weights of data_manifest.yaml.")
+app.add_typer(data_app, name="data")
+
+ChapterName = Annotated[str, typer.Argument(metavar="CHAPTER", help="A name from `lookalike list`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.callback()
+def lookalike():
+    """Five papers on synthetic medical images and privacy, run again number by number."""
+
+
+@app.command("list")
+def list_chapters(as_json: AsJson = False):
+    """The chapters, the scales they have settings for, and the runs that are kept.
+
+    Example: lookalike list
+    """
+    from lookalike import pages
+
+    rows = pages.chapter_rows()
+    _show(rows, as_json) if rows or as_json else print("The book has no chapter yet.")
+
+
+@app.command()
+def run(
+    chapter: ChapterName,
+    scale: Annotated[str, typer.Option(help="small, medium or full (the paper's settings).")] = "small",
+    settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change one setting.")] = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has finished.")] = False,
+    as_json: AsJson = False,
+):
+    """Execute a chapter; the notebook and every number go to runs/CHAPTER/.
+
+    Example: lookalike run no_free_lunch --scale medium --set seed=1 --resume
+    """
+    from lookalike import runner
+
+    overrides = dict(runner.parse_setting(chapter, setting) for setting in settings)
+    notebook = runner.run_chapter(chapter, scale, overrides, resume)
+    outcome = {"chapter": chapter, "run_name": notebook.parent.name, "notebook": str(notebook)}
+    print(json.dumps(outcome) if as_json else f"{chapter} {notebook.parent.name} is done: {notebook}")
+
+
+@app.command()
+def compare(
+    chapter: ChapterName,
+    run_name: Annotated[str, typer.Option("--run", help="A run under runs/CHAPTER/ to set beside the kept one.")] = "",
+    as_json: AsJson = False,
+):
+    """The paper's numbers, the kept run's, one more run's if named, and the verdicts.
+
+    Example: lookalike compare no_free_lunch --run small
+    """
+    from lookalike import pages
+
+    _show(pages.comparison_rows(chapter, run_name), as_json)
+
+
+@app.command()
+def keep(
+    chapter: ChapterName,
+    run_name: Annotated[str, typer.Option("--run", help="The run under runs/CHAPTER/ to keep.")] = "medium",
+    as_json: AsJson = False,
+):
+    """Copy a finished run to book/results/, where the pages and the README take their numbers from.
+
+    Example: lookalike keep no_free_lunch --run medium
+    """
+    from lookalike.keep import keep as keep_run
+
+    files = [str(path) for path in keep_run(chapter, run_name)]
+    print(json.dumps(files) if as_json else "Kept, to be committed (then: make readme):\n" + "\n".join(files))
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@data_app.command("list")
+def data_list(as_json: AsJson = False):
+    """Every set and weight: where it is now, its licence, what it stands in for.
+
+    Example: lookalike data list
+    """
+    from lookalike.data import manifest
+
+    entries = manifest.load_manifest().entries.values()
+    keys = ("name", "kind", "licence", "restricted", "stand_in_for")
+    _show(
+        [{"status": manifest.status(e.name)} | {key: getattr(e, key) for key in keys} for e in entries],
+        as_json,
+    )
+
+
+@data_app.command("fetch")
+def data_fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Names from `lookalike data list`.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that can be had without a login.")] = False,
+    as_json: AsJson = False,
+):
+    """Put sets into the cache, verified: from the mirror if it has them, else from their URL.
+
+    Example: lookalike data fetch mnist pneumoniamnist
+    """
+    from lookalike.data import manifest
+
+    entries = manifest.load_manifest().entries
+    if bool(names) == everything:
+        raise typer.BadParameter("Name the sets to fetch, or give --all.")
+    wanted = [name for name in entries if manifest.status(name) != "by hand"] if everything else names
+    found = {name: {path: str(local) for path, local in manifest.fetch(name).items()} for name in wanted}
+    by_hand = [name for name in entries if everything and name not in found]
+    if by_hand:
+        print(f"Only by hand (lookalike data list): {', '.join(by_hand)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found))
+    for name, files in {} if as_json else found.items():
+        print(f"{name}: {', '.join(files.values())}")
+
+
+@data_app.command("verify")
+def data_verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="All that are here, if none is named.")
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Read every local file of the sets and compare it with its checksum; exit code 1 if one differs.
+
+    Example: lookalike data verify mnist
+    """
+    from lookalike.data import manifest
+
+    here = [name for name in manifest.load_manifest().entries if manifest.status(name) in ("cached", "in mirror")]
+    checks = [{"name": name} | vars(check) for name in names or here for check in manifest.verify(name)]
+    _show(checks, as_json)
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+# --- this machine -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: AsJson = False):
+    """What this machine has, and which data each chapter would miss; exit code 1 if small runs would fail.
+
+    Example: lookalike doctor
+    """
+    from lookalike import machine
+
+    findings = machine.examine()
+    _show(findings, as_json)
+    if not all(finding["ok"] for finding in findings):
+        raise typer.Exit(1)
+
+
+# --- printing -----------------------------------------------------------------------------------------------
+
+
+def _show(rows: list[dict], as_json: bool) -> None:
+    """Rows with equal keys as JSON or as a table that is as wide as it needs when it goes into a file."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(rows[0] if rows else ()):
+        table.add_column(column.replace("_", " "), no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(_plain(value)) for value in row.values()))
+    console = Console()
+    Console(width=None if console.is_terminal else 250).print(table)
+
+
+def _plain(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def main() -> None:
+    """The entry point: a sentence of the library's own becomes one line on stderr."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("Stopped; the same command with --resume goes on from what was finished.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not type(error).__module__.startswith("lookalike"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

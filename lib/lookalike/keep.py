@@ -1,0 +1,77 @@
+"""From runs/ into the book: a finished run becomes the one that the pages show.
+
+The copy is what everyone sees, so nothing goes in that is unfinished, made by code that is not committed, or
+shows images of data that must not be passed on.
+"""
+
+import re
+from pathlib import Path
+
+from lookalike import paths
+from lookalike.compare import load_run
+from lookalike.files import ResultsError, write_atomically, write_json
+
+
+def keep(chapter: str, run_name: str = "medium", allow_dirty: bool = False) -> list[Path]:
+    """Copies a run's record and executed notebook to book/results/<chapter>/<scale>.json and .ipynb."""
+    import nbformat  # a second or two, and a run starts without it
+
+    folder = paths.runs_dir() / chapter / run_name
+    if not (folder / "run.json").exists():
+        raise ResultsError(f"There is no run {chapter}/{run_name} to keep; make it with: lookalike run {chapter}.")
+    run = load_run(folder / "run.json")
+    if not (folder / "notebook.ipynb").exists():
+        raise ResultsError(f"{chapter}/{run_name} has no executed notebook; run it with: lookalike run {chapter}.")
+    notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    complaint = _why_not(run, notebook, allow_dirty)
+    if complaint:
+        raise ResultsError(f"{chapter}/{run_name} cannot be kept: {complaint}.")
+    strip(notebook)
+    target = paths.results_dir() / chapter / run["scale"]
+    files = [target.with_suffix(".json"), target.with_suffix(".ipynb")]
+    write_atomically(files[1], (nbformat.writes(notebook) + "\n").encode())
+    write_json(files[0], run)
+    return files
+
+
+def _why_not(run: dict, notebook, allow_dirty: bool) -> str | None:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    if not run["finished"]:
+        return "it is not finished; resume it"
+    if run["changed"]:
+        names = ", ".join(run["changed"])
+        return f"its {names} is not the {run['scale']} scale's; put the value into book/params and run again"
+    if run["provenance"]["dirty"] is not False and not allow_dirty:
+        return "its code is not a commit; commit and run again, or allow it"
+    if any(output.output_type == "error" for output in outputs):
+        return "a cell of its notebook stopped with an error"
+    if not any(run["id"] in output.get("text", "") for output in outputs):
+        return f"its notebook is of another run than {run['id']}, which its numbers are from"
+    restricted = [data["name"] for data in run["data"] if data["restricted"]]
+    if restricted and any(map(_shows_image, outputs)):
+        return f"its notebook shows images, and {restricted[0]} must not be passed on"
+    return None
+
+
+def _shows_image(output) -> bool:
+    data = output.get("data", {})
+    return any(kind.startswith("image/") for kind in data) or bool(
+        re.search(r"<(img|svg|image)\b", str(data.get("text/html", "")))
+    )
+
+
+def strip(notebook) -> None:
+    """Takes out progress bars, and the places where things lay on this machine."""
+    for name in ("input_path", "output_path"):
+        notebook.metadata.get("papermill", {}).pop(name, None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lasting = re.sub(r"[^\n]*\r(?!\n)[^\n]*\n?", "", output.text)
+                output.text = _without_places(lasting)
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text]
+
+
+def _without_places(text: str) -> str:
+    return text.replace(f"{paths.project_root()}/", "").replace(str(Path.home()), "~")

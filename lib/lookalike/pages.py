@@ -1,0 +1,277 @@
+"""Tables of pages and README that nobody types: from kept runs, the papers' numbers and the data manifest.
+
+Each function gives Markdown. `python -m lookalike.pages` (make readme) writes the README's table anew.
+"""
+
+import json
+import re
+from datetime import datetime
+
+from lookalike import paths, runner
+
+VERDICTS = ("reproduced", "same direction", "not reproduced", "undecided", "not comparable", "not run")
+README_MARKS = ("<!-- results:start -->", "<!-- results:end -->")
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; empty cells stay empty, a bar inside a cell stays a bar."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def title(chapter: str) -> str:
+    """The first heading of a chapter."""
+    text = runner.chapter_path(chapter).read_text("utf-8")
+    return re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 41 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def day(time: str) -> str:
+    """An ISO time as 3 March 2026."""
+    moment = datetime.fromisoformat(time)
+    return f"{moment.day} {moment:%B %Y}"
+
+
+# --- the box above a chapter's settings ---------------------------------------------------------------------
+
+
+def run_box(chapter: str, scale: str, record: dict) -> str:
+    """Which run made a page's outputs: scale, date, seconds, device, commit, data, settings that differ."""
+    defaults = {name: default for name, (_, default) in runner.chapter_parameters(chapter).items()}
+    changed = {k: v for k, v in record["parameters"].items() if k != "run_name" and v != defaults[k]}
+    lines = [
+        f"::::{{admonition}} Every output on this page is from the {scale} run of {day(record['started'])}",
+        ":class: note",
+        "",
+        f"It took {_took(record)} on {record['provenance']['device']} with {_commit(record)}.",
+        *([_SMALL_WARNING] if scale == "small" else []),
+        "",
+        *_data_lines(record),
+        *(_settings(scale, changed, defaults) if changed else []),
+        "::::",
+    ]
+    return "\n".join(lines)
+
+
+_SMALL_WARNING = "It shows that everything runs; at this scale the numbers say nothing about the paper."
+
+
+def _took(record: dict) -> str:
+    """Seconds of the run; a resumed one took longer than its last part."""
+    text = duration(record["seconds"])
+    if record["resumed"]:
+        stages = sum(stage["seconds"] for stage in record["stages"].values())
+        text += f" after a resume (all its stages together {duration(stages)})"
+    return text
+
+
+def _commit(record: dict) -> str:
+    commit, dirty = record["provenance"]["commit"], record["provenance"]["dirty"]
+    if commit is None:
+        return "code outside version control"
+    return f"the code of commit `{commit[:10]}`" + (" and changes that were not committed" if dirty else "")
+
+
+def _data_lines(record: dict) -> list[str]:
+    """One list item per data set, with its splits; a stand-in is named where it stands."""
+    splits = {}
+    for data in record["data"]:
+        splits.setdefault(data["name"], {})[data["split"]] = data
+    return [_data_line(name, parts) for name, parts in splits.items()]
+
+
+def _data_line(name: str, parts: dict[str, dict]) -> str:
+    data = next(iter(parts.values()))
+    text = f"- data: {name}, {' and '.join(parts)} ({_ORIGINS[data['origin']]}; {data['licence']})"
+    return text + (f", **in place of {data['stand_in_for']}**" if data["stand_in_for"] else "")
+
+
+_ORIGINS = {
+    "real": "real images",
+    "embedded": "real images from an installed package",
+    "phantom": "images made by a program",
+}
+
+
+def _settings(scale: str, changed: dict, defaults: dict) -> list[str]:
+    rows = [[f"`{k}`", f"`{json.dumps(defaults[k])}`", f"`{json.dumps(v)}`"] for k, v in changed.items()]
+    lines = table(["setting", "the cell below (small)", f"this page ({scale} run)"], rows).splitlines()
+    return [
+        "",
+        f":::{{dropdown}} Settings of the {scale} run that differ from the cell below",
+        ":open:",
+        "",
+        *lines,
+        ":::",
+    ]
+
+
+# --- tables over all chapters -------------------------------------------------------------------------------
+
+
+def chapter_rows() -> list[dict]:
+    """For `lookalike list`: one row per chapter."""
+    from lookalike import compare
+
+    return [
+        {
+            "chapter": chapter,
+            "title": title(chapter),
+            "scales": ["small", *(s for s in runner.SCALES[1:] if runner.scale_file(chapter, s).is_file())],
+            "kept": list(compare.kept_runs(chapter)),
+        }
+        for chapter in runner.chapter_names()
+    ]
+
+
+def comparison_rows(chapter: str, run_name: str = "") -> list[dict]:
+    """For `lookalike compare`: the paper's numbers, the kept run's, the named run's, and the verdict."""
+    from lookalike import compare
+
+    runner.chapter_path(chapter)
+    run = compare.load_run(paths.runs_dir() / chapter / run_name / "run.json") if run_name else None
+    columns = ["where", "what", "paper", "kept_run", "verdict"]
+    if run:
+        columns.insert(4, "this_page")
+    rows = compare.comparison(chapter, run)[columns]
+    return rows.rename(columns={"this_page": run_name}).to_dict("records")
+
+
+def scorecard() -> str:
+    """Counts per verdict for every chapter, then the rows for which a kept run has a value."""
+    tables = {chapter: _comparison(chapter) for chapter in runner.chapter_names()}
+    counts = zip(VERDICTS, *(_counts(rows["verdict"]) for rows in tables.values()))
+    links = [f"{{doc}}`{chapter} </chapters/{chapter}>`" for chapter in tables]
+    parts = [table(["verdict", *links], list(counts))]
+    for chapter, rows in tables.items():
+        shown = rows[rows["kept_run"] != ""][["where", "what", "paper", "kept_run", "verdict"]]
+        parts.append(f"**{title(chapter)}**")
+        if len(shown):
+            parts.append(table(["where", "what", "paper", "kept run", "verdict"], shown.values.tolist()))
+        else:
+            parts.append("No run of this chapter is kept yet, so there is no value to show.")
+    return "\n\n".join(parts)
+
+
+def _comparison(chapter: str):
+    from lookalike import compare
+
+    return compare.comparison(chapter)
+
+
+def _counts(verdicts) -> list[int]:
+    words = [re.split(r": | \(", verdict)[0] for verdict in verdicts]
+    return [words.count(word) for word in VERDICTS]
+
+
+def run_status() -> str:
+    """Every kept run and this build's small run: when, how long, where, on which code and data."""
+    from lookalike import compare
+
+    rows = []
+    for chapter in runner.chapter_names():
+        runs = compare.kept_runs(chapter)
+        small = paths.small_notebook(chapter).with_suffix(".json")
+        if small.is_file():
+            runs["small, this build"] = compare.load_run(small)
+        rows += [[f"{{doc}}`/chapters/{chapter}`", *_run_cells(name, run)] for name, run in runs.items()]
+    return table(["chapter", "run", "date", "took", "on", "commit", "data"], rows)
+
+
+def _run_cells(name: str, run: dict) -> list[str]:
+    data = ", ".join(dict.fromkeys(data["name"] for data in run["data"]))
+    commit = (run["provenance"]["commit"] or "none")[:10] + (" with changes" if run["provenance"]["dirty"] else "")
+    return [
+        name,
+        day(run["started"]),
+        duration(run["seconds"]),
+        run["provenance"]["device"],
+        commit,
+        data,
+    ]
+
+
+def data_sets() -> str:
+    """The data manifest as two tables: data and weights."""
+    from lookalike.data import manifest
+
+    entries = manifest.load_manifest().entries.values()
+    header = ["set", "licence", "how to get it", "for the chapters"]
+    parts = []
+    for kind, heading in (("data", "Data sets"), ("weights", "Weights")):
+        rows = [_entry_cells(entry) for entry in entries if entry.kind == kind]
+        parts.append(f"**{heading}**\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _entry_cells(entry) -> list[str]:
+    hows = {"url": "download", "pypi": "in a package", "by hand": "by hand"}
+    how = ", ".join(dict.fromkeys(hows[file.how] for file in entry.files))
+    licence = entry.licence + (" (restricted)" if entry.restricted else "")
+    what = f"`{entry.name}`: {entry.title}"
+    if entry.stand_in_for:
+        what += f"; here in place of {entry.stand_in_for}"
+    return [what, licence, how, ", ".join(entry.chapters)]
+
+
+# --- the README ---------------------------------------------------------------------------------------------
+
+
+def readme_results() -> str:
+    """The README's table: per chapter the verdicts counted, then each claim, with the command behind it."""
+    from lookalike import compare
+
+    rows = []
+    for chapter in runner.chapter_names():
+        kept = compare.kept_runs(chapter)
+        lines = compare.comparison(chapter)
+        counts = zip(VERDICTS, _counts(lines["verdict"]))
+        total = ", ".join(f"{count} {word}" for word, count in counts if count)
+        rows.append([title(chapter), f"all {len(lines)} numbers and claims", "", total, _commands(chapter, kept)])
+        claims = lines[lines["key"].str.startswith("claim/")]
+        rows += [
+            [
+                "",
+                f"{line['what']} ({line['where']})",
+                line["kept_run"],
+                line["verdict"],
+                _command(chapter, line["kept_scale"]),
+            ]
+            for line in claims.to_dict("records")
+        ]
+    return table(["chapter", "the paper says", "ours", "verdict", "command"], rows)
+
+
+def _commands(chapter: str, kept: dict) -> str:
+    return "<br>".join(_command(chapter, scale) for scale in kept)
+
+
+def _command(chapter: str, scale: str) -> str:
+    return f"`lookalike run {chapter} --scale {scale}`" if scale else ""
+
+
+def with_results(readme: str) -> str:
+    """The README's text with its table written anew between the two marks."""
+    start, end = README_MARKS
+    before, rest = readme.split(start)
+    return f"{before}{start}\n{readme_results()}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    """Rewrites README.md in place."""
+    path = paths.project_root() / "README.md"
+    path.write_text(with_results(path.read_text("utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""One cell of a grid: a data set, a family, a noise level, a seed and a role; trained, sampled, measured.
+
+Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 4.2.1. Chapter: no_free_lunch. The functions are stages of
+a run: they take a folder and plain settings, resume after a kill, and give back plain numbers.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from lookalike.data import datasets
+from lookalike.models.ddpm import ConditionalDDPM
+from lookalike.models.gan import Discriminator, Generator
+from lookalike.models.vae import ConditionalVAE
+from lookalike.privacy.dpsgd import Privacy
+from lookalike.training.adversarial import train_gan
+from lookalike.training.checkpoint import Checkpoint, load_weights, save_weights
+from lookalike.training.likelihood import train_ddpm, train_vae
+
+FAMILIES = ("vae", "gan", "ddpm")
+ROLES = ("full", "ablated", "victim")
+SAMPLING_BATCH = 250
+
+
+def select_role(image_set, role, images_per_class, query_class):
+    """The paper's three training sets: the FIRST images of each class; no query class; that plus one query image,
+    last.
+    """
+    if role == "full":
+        return image_set.first_per_class(images_per_class)
+    others = [c for c in range(len(image_set.classes)) if c != query_class]
+    ablated = np.concatenate([first_of(image_set, c, images_per_class) for c in others])
+    if role == "ablated":
+        return image_set.subset(ablated)
+    if role == "victim":
+        return image_set.subset(np.append(ablated, first_of(image_set, query_class, 1)))
+    raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}.")
+
+
+def first_of(image_set, label, k):
+    """Indices of the first k images of one class, in stored order."""
+    return np.flatnonzero(image_set.labels == label)[:k]
+
+
+def build(family, num_classes, width, channels=1, **ddpm):
+    """The networks of a family by name: {"model": ...}, for the GAN {"model": generator, "discriminator": ...}."""
+    if family == "vae":
+        return {"model": ConditionalVAE(channels=channels, num_classes=num_classes, width=width)}
+    if family == "gan":
+        generator = Generator(channels=channels, num_classes=num_classes, width=width)
+        return {"model": generator, "discriminator": Discriminator(channels, num_classes, width)}
+    if family == "ddpm":
+        return {"model": ConditionalDDPM(channels=channels, num_classes=num_classes, width=width, **ddpm)}
+    raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}.")
+
+
+def specify_privacy(sigma, num_images, batch_size, max_grad_norm=1.0):
+    """The paper's DP-SGD for a training set whose PUBLIC size is `num_images`; None for sigma 0.
+
+    q = 1 / ceil(N / batch_size); delta = 1 / (N + 1), just below 1 / N (differs: the authors' VAE took 1 / batches,
+    0.5).
+    """
+    if sigma == 0:
+        return None
+    rate = 1 / -(-num_images // batch_size)
+    return Privacy(sigma, rate, rate * num_images, 1 / (num_images + 1), max_grad_norm)
+
+
+def train_cell(
+    folder, *, data, family, sigma, seed, role, width, epochs, images_per_class, query_class, samples_per_class,
+    batch_size=64, lr=1e-4, timesteps=400, sampler="ancestral", sampling_steps=20, gan_as_published=False,
+):  # fmt: skip
+    """Trains one model on one role's images and draws `samples_per_class` images of every class from it.
+
+    Writes weights.safetensors and samples.safetensors (uint8) to `folder`; returns the training's report (see
+    `likelihood.train`) with the number of training images. Seeded per cell: all roles start from the same weights.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    whole = datasets.load(data, "train")
+    images = select_role(whole, role, images_per_class, query_class)
+    num_classes, channels = len(whole.classes), images.images.shape[1]
+    ddpm = {"timesteps": timesteps, "sampler": sampler, "sampling_steps": sampling_steps} if family == "ddpm" else {}
+    nets = {name: net.to(device) for name, net in build(family, num_classes, width, channels, **ddpm).items()}
+    settings = {
+        "epochs": epochs, "lr": lr, "batch_size": batch_size, "checkpoint": Checkpoint(folder / "checkpoint"),
+        "generator": torch.Generator().manual_seed(seed),
+        # One public size for all roles: had each role its own, the normaliser would tell victim from ablated.
+        "privacy": specify_privacy(sigma, images_per_class * num_classes, batch_size),
+    }  # fmt: skip
+    x, y = datasets.as_tensor(images).to(device), torch.as_tensor(images.labels).to(device)
+    if family == "gan":
+        report = train_gan(*nets.values(), x, y, **settings, as_published=gan_as_published)
+    else:
+        report = {"vae": train_vae, "ddpm": train_ddpm}[family](nets["model"], x, y, **settings)
+    save_weights(folder / "weights.safetensors", nets["model"])
+    samples = draw_samples(nets["model"], num_classes, samples_per_class, seed, device)
+    save_file(samples, folder / "samples.safetensors")
+    return report | {
+        "images": len(images),
+        "delta": settings["privacy"].delta if settings["privacy"] else None,
+    }
+
+
+def draw_samples(model, num_classes, per_class, seed, device="cpu"):
+    """Images uint8 (N, C, S, S) and labels (N,), sorted by class, from a seed of their own; rounded as released images
+    are.
+    """
+    model.eval()
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    generator = torch.Generator().manual_seed(seed + 10_000)
+    images = [model.sample(part.to(device), generator).cpu() for part in labels.split(SAMPLING_BATCH)]
+    return {"images": torch.as_tensor(datasets.to_uint8(torch.cat(images))), "labels": labels}
+
+
+def load_samples(folder):
+    """A trained cell's samples: images uint8 (N, C, S, S) and labels (N,), both numpy."""
+    samples = load_file(Path(folder) / "samples.safetensors")
+    return samples["images"].numpy(), samples["labels"].numpy()
+
+
+def measure_cell(folder, *, trained, data, real_per_class, **settings):
+    """Fidelity and utility of a trained cell's samples; `trained` is its folder. See `measure` for the settings."""
+    real = datasets.load(data, "train").first_per_class(real_per_class)
+    test = datasets.load(data, "test").first_per_class(real_per_class)
+    return measure(*load_samples(trained), real, test, **settings)
+
+
+def measure_anchor(folder, *, anchor, data, images_per_class, real_per_class, **settings):
+    """The same measures on images that no model made: what a number means is what real and worthless images score.
+
+    anchor: "training images" (the few the models saw, repeated to the others' number), "held-out real images" (other
+    real images of the same size of set), "one image repeated" (total collapse), "blank".
+    """
+    train, test = datasets.load(data, "train"), datasets.load(data, "test").first_per_class(real_per_class)
+    real = train.first_per_class(real_per_class)
+    images, labels = _anchor_images(anchor, train, images_per_class, real_per_class)
+    return measure(images, labels, real, test, **settings)
+
+
+def measure(
+    images,
+    labels,
+    real,
+    test,
+    *,
+    feature_size,
+    pixel_size,
+    classifier_epochs,
+    classifier_width,
+    seed,
+    cache=None,
+):
+    """Made images uint8 (N, C, S, S), sorted by class, against `real` (the paper's reference: from train) and `test`.
+
+    Returns frechet and frechet_test (EfficientNet-Lite0 features: not FID, lower is better), kernel (x 1000, lower is
+    better), precision and recall (0..1), psnr and ssim as published (random pairs), accuracy with its 95 % interval.
+    """
+    from lookalike.metrics import distances, features, pixels, utility
+
+    extractor = features.efficientnet_lite0(image_size=feature_size)
+    made, reference, held_out = (features.features(x, extractor, cache) for x in (images, real.images, test.images))
+    neighbours = distances.precision_recall_density_coverage(reference, made)
+    pairs = pixels.paired_table(real, images, "as_published", real.labels, labels, resize=pixel_size, seed=seed)
+    score = utility.utility(
+        images,
+        labels,
+        test.images,
+        test.labels,
+        len(test.classes),
+        classifier_epochs,
+        seed,
+        width=classifier_width,
+    )
+    found = {
+        "frechet": distances.frechet_distance(reference, made),
+        "frechet_test": distances.frechet_distance(held_out, made),
+        "kernel": 1000 * distances.kernel_distance(reference, made).value,
+        "precision": neighbours["precision"],
+        "recall": neighbours["recall"],
+        "psnr": next(value for name, value in pairs.items() if name.startswith("psnr")),
+        "ssim": next(value for name, value in pairs.items() if name.startswith("ssim")),
+        "accuracy": score["accuracy"],
+        "accuracy_low": score["low"],
+        "accuracy_high": score["high"],
+    }
+    return {name: value if math.isfinite(value) else None for name, value in found.items()} | {
+        "features": extractor.name
+    }
+
+
+def _anchor_images(anchor, train, images_per_class, real_per_class):
+    few = train.first_per_class(images_per_class)
+    classes = range(len(train.classes))
+    pick = {
+        "training images": lambda c: np.resize(first_of(few, c, images_per_class), real_per_class),
+        "held-out real images": lambda c: np.flatnonzero(train.labels == c)[real_per_class : 2 * real_per_class],
+        "one image repeated": lambda c: np.full(real_per_class, 0),
+        "blank": lambda c: np.full(real_per_class, 0),
+    }  # fmt: skip
+    if anchor not in pick:
+        raise ValueError(f"anchor must be one of {', '.join(pick)}, not {anchor!r}.")
+    source = few if anchor == "training images" else train
+    rows = [pick[anchor](c) for c in classes]
+    images = source.images[np.concatenate(rows)]
+    labels = np.repeat(np.arange(len(classes)), [len(r) for r in rows])
+    return (np.zeros_like(images), labels) if anchor == "blank" else (images, labels)
+
+
+def restore(trained, family, num_classes, width, channels=1):
+    """The trained generator of a cell, on the CPU, ready to sample."""
+    model = build(family, num_classes, width, channels)["model"]
+    load_weights(Path(trained) / "weights.safetensors", model)
+    return model.eval()

@@ -1,0 +1,22 @@
+"""Intervals over seeds."""
+
+import numpy as np
+import pytest
+
+from lookalike.metrics.intervals import over_seeds
+
+
+def test_three_seeds_meet_the_table_of_student():
+    found = over_seeds([1.0, 2.0, 3.0])
+    half = 2.919986 / np.sqrt(3)  # t at 0.95 with two degrees of freedom
+    assert found == {"value": 2.0, "low": pytest.approx(2 - half), "high": pytest.approx(2 + half), "n": 3}
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = [f["low"] <= 0 <= f["high"] for f in (over_seeds(rng.normal(size=4)) for _ in range(2000))]
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.02)
+
+
+def test_one_seed_has_no_interval():
+    assert over_seeds([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}

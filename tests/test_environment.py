@@ -1,0 +1,64 @@
+"""environment.yml, pyproject.toml and constraints.txt say the same; no conda is needed to check it."""
+
+import re
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from lookalike import paths
+
+ROOT = paths.project_root()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+PINS = {
+    canonicalize_name(line.split("==")[0]): line.split("==")[1].split(";")[0].strip()
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    if re.match(r"[A-Za-z0-9]", line)
+}
+
+
+def pip_lines():
+    """The lines of environment.yml that pip reads."""
+    (block,) = [item["pip"] for item in CONDA["dependencies"] if isinstance(item, dict)]
+    return block
+
+
+def all_requirements():
+    extras = [line for group in PROJECT["optional-dependencies"].values() for line in group]
+    return [Requirement(line) for line in PROJECT["dependencies"] + extras]
+
+
+def test_conda_takes_a_python_that_the_package_supports():
+    (python,) = [item for item in CONDA["dependencies"] if isinstance(item, str) and item.startswith("python=")]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python=") + ".0")
+
+
+def test_conda_leaves_every_package_to_pip():
+    names = {re.split(r"[=<>]", item)[0] for item in CONDA["dependencies"] if isinstance(item, str)}
+    assert names == {"python", "pip", "make", "git"}
+
+
+def test_conda_installs_this_package_pinned_with_extras_that_exist():
+    constraint, package = pip_lines()
+    assert constraint == "-c constraints.txt"
+    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", package)[1].split(",")
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+
+
+def test_make_installs_what_conda_installs():
+    _, package = pip_lines()
+    assert f"-e '{package.removeprefix('-e ')}'" in (ROOT / ".ci" / "install").read_text("utf-8")
+
+
+@pytest.mark.parametrize("requirement", all_requirements(), ids=lambda r: r.name)
+def test_every_direct_dependency_is_pinned_within_its_range(requirement):
+    pinned = PINS[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pinned)
+
+
+def test_torch_and_torchvision_belong_together():
+    assert (PINS["torch"], PINS["torchvision"]) == ("2.14.1", "0.29.1")

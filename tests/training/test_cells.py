@@ -1,0 +1,107 @@
+"""Cells of the grid: the paper's three roles, one public size, samples as they would be released."""
+
+import numpy as np
+import pytest
+import torch
+
+from lookalike.data import datasets
+from lookalike.training import cells
+
+SETTINGS = {
+    "data": "digits", "seed": 0, "width": 8, "epochs": 1, "images_per_class": 2, "query_class": 3,
+    "samples_per_class": 2, "batch_size": 10, "timesteps": 10, "sampler": "dpm++", "sampling_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits", "train")
+
+
+def test_roles_are_the_papers(digits):
+    full, ablated, victim = (cells.select_role(digits, role, 10, 3) for role in cells.ROLES)
+    assert (len(full), len(ablated), len(victim)) == (100, 90, 91)
+    assert full.labels.tolist() == np.repeat(range(10), 10).tolist()
+    assert 3 not in ablated.labels
+    assert np.array_equal(victim.images[:-1], ablated.images)
+    assert victim.labels[-1] == 3
+    assert np.array_equal(victim.images[-1], digits.images[digits.labels == 3][0])  # the FIRST of its class
+
+
+def test_wrong_names_are_refused_with_the_right_ones(digits):
+    with pytest.raises(ValueError, match="full, ablated, victim"):
+        cells.select_role(digits, "suspect", 2, 0)
+    with pytest.raises(ValueError, match="vae, gan, ddpm"):
+        cells.build("flow", 10, 8)
+
+
+@pytest.mark.parametrize(("size", "rate", "expected"), [(100, 0.5, 50), (40, 1.0, 40), (110, 0.5, 55)])
+def test_privacy_is_the_papers_for_its_three_data_sets(size, rate, expected):
+    privacy = cells.specify_privacy(0.3, size, 64)
+    assert (privacy.sample_rate, privacy.expected_batch_size, privacy.max_grad_norm) == (rate, expected, 1.0)
+    assert privacy.delta < 1 / size
+    assert cells.specify_privacy(0.0, size, 64) is None
+
+
+@pytest.mark.parametrize("family", cells.FAMILIES)
+def test_a_private_cell_writes_samples_and_clean_weights(family, tmp_path):
+    report = cells.train_cell(tmp_path, family=family, sigma=0.5, role="victim", **SETTINGS)
+    images, labels = cells.load_samples(tmp_path)
+    assert images.shape == (20, 1, 28, 28)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == np.repeat(range(10), 2).tolist()
+    assert report["images"] == 19
+    assert report["epsilon"] == pytest.approx(cells.specify_privacy(0.5, 20, 10).epsilon(report["steps"]))
+    model = cells.restore(tmp_path, family, 10, 8) if family != "ddpm" else None
+    if model:  # the stored weights make the stored samples
+        again = cells.draw_samples(model, 10, 2, seed=0)
+        assert (again["images"].int() - torch.as_tensor(images).int()).abs().max() <= 1
+
+
+def test_victim_and_ablated_start_from_the_same_weights(tmp_path):
+    weights = {}
+    for role in ("victim", "ablated"):
+        cells.train_cell(tmp_path / role, family="vae", sigma=0.0, role=role, **SETTINGS | {"epochs": 0})
+        model = cells.restore(tmp_path / role, "vae", 10, 8)
+        weights[role] = torch.cat([p.flatten() for p in model.parameters()])
+    assert torch.equal(*weights.values())
+
+
+def test_the_normaliser_tells_no_role_from_another(digits, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        cells, "train_vae", lambda *a, privacy, **k: seen.append(privacy) or {"steps": 0, "epsilon": 0.0}
+    )
+    for role in cells.ROLES:
+        cells.train_cell(tmp_path, family="vae", sigma=0.5, role=role, **SETTINGS)
+    assert seen[0] == seen[1] == seen[2]
+
+
+MEASURE = {"feature_size": 32, "pixel_size": 28, "classifier_epochs": 6, "classifier_width": 16, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    common = {"data": "digits", "images_per_class": 3, "real_per_class": 12} | MEASURE
+    names = ("training images", "held-out real images", "one image repeated", "blank")
+    return {name: cells.measure_anchor(None, anchor=name, **common) for name in names}
+
+
+def test_anchors_order_the_measures_that_work(anchors):
+    for metric in ("frechet", "frechet_test", "kernel"):
+        real, *worthless = (anchors[n][metric] for n in ("held-out real images", "one image repeated", "blank"))
+        assert real < 0.5 * min(worthless)
+    assert anchors["held-out real images"]["accuracy"] > anchors["blank"]["accuracy"] + 0.1
+    assert anchors["training images"]["precision"] == 1.0
+    assert anchors["blank"]["psnr"] is None  # its range is 0
+    assert anchors["blank"]["features"].startswith("efficientnet_lite0-imagenet@32")
+
+
+def test_held_out_real_images_are_others(digits):
+    images, labels = cells._anchor_images("held-out real images", digits, 3, 12)
+    assert images.shape[0] == 120
+    assert labels.tolist() == np.repeat(range(10), 12).tolist()
+    reference = {image.tobytes() for image in digits.first_per_class(12).images}
+    assert not reference & {image.tobytes() for image in images}
+    with pytest.raises(ValueError, match="anchor must be one of"):
+        cells._anchor_images("noise", digits, 3, 12)

@@ -1,0 +1,146 @@
+"""The training loops: they learn, resume to the same bits, spend what they say and read nothing that they must not."""
+
+import math
+
+import pytest
+import torch
+
+from lookalike.models.ddpm import ConditionalDDPM
+from lookalike.models.gan import Discriminator, Generator
+from lookalike.models.vae import ConditionalVAE
+from lookalike.privacy.dpsgd import Privacy
+from lookalike.training import adversarial
+from lookalike.training.adversarial import Schedule, train_gan
+from lookalike.training.checkpoint import Checkpoint
+from lookalike.training.likelihood import batches, train_ddpm, train_vae
+
+PRIVACY = Privacy(noise_multiplier=1.0, sample_rate=0.5, expected_batch_size=4, delta=0.05)
+
+
+def nets(family):
+    torch.manual_seed(0)
+    if family == "gan":
+        return Generator(num_classes=4, width=8), Discriminator(num_classes=4, width=8)
+    if family == "vae":
+        return (ConditionalVAE(num_classes=4, width=8, latent_dim=8),)
+    return (ConditionalDDPM(num_classes=4, width=8, timesteps=20),)
+
+
+TRAIN = {"vae": train_vae, "gan": train_gan, "ddpm": train_ddpm}
+
+
+def train(family, data, epochs, privacy=None, checkpoint=None, **more):
+    models = nets(family)
+    settings = {"epochs": epochs, "lr": 1e-3, "batch_size": 4, "generator": torch.Generator().manual_seed(5)}
+    report = TRAIN[family](*models, *data, privacy=privacy, checkpoint=checkpoint, **settings, **more)
+    return torch.cat([w.detach().flatten() for net in models for w in net.parameters()]), report
+
+
+@pytest.mark.parametrize("family", ["vae", "ddpm"])
+def test_the_loss_falls(family, tiny_images):
+    _, report = train(family, tiny_images, 12)
+    assert report["loss"][-1] < report["loss"][0]
+    assert (report["steps"], report["epsilon"]) == (0, None)
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class Dying(Checkpoint):
+    """Saves as usual and dies after the third time."""
+
+    saves = 0
+
+    def save(self, *args):
+        super().save(*args)
+        self.saves += 1
+        if self.saves == 3:
+            raise Killed
+
+
+@pytest.mark.parametrize("privacy", [None, PRIVACY], ids=["plain", "private"])
+@pytest.mark.parametrize("family", TRAIN)
+def test_a_killed_training_ends_with_the_same_bits(family, privacy, tiny_images, tmp_path):
+    whole, report = train(family, tiny_images, 6, privacy, Checkpoint(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        train(family, tiny_images, 6, privacy, Dying(tmp_path / "cut"))
+    torch.manual_seed(99)  # another process starts with another random state
+    again, resumed = train(family, tiny_images, 6, privacy, Checkpoint(tmp_path / "cut"))
+    assert torch.equal(whole, again)
+    assert resumed == report
+
+
+@pytest.mark.parametrize("family", TRAIN)
+def test_a_private_run_spends_every_step(family, tiny_images):
+    _, report = train(family, tiny_images, 3, PRIVACY)
+    assert report["steps"] == 3 * 2  # ceil(8 / 4) an epoch
+    assert report["epsilon"] == pytest.approx(PRIVACY.epsilon(6))
+
+
+def test_delta_must_fit_the_number_of_images(tiny_images):
+    loose = Privacy(noise_multiplier=1.0, sample_rate=0.5, expected_batch_size=4, delta=0.125)
+    for family in TRAIN:
+        with pytest.raises(ValueError, match="not below 1 / 8"):
+            train(family, tiny_images, 1, loose)
+
+
+def test_without_privacy_every_image_is_seen_once_an_epoch():
+    rows = batches(10, 4, None, torch.Generator().manual_seed(0))
+    assert [len(r) for r in rows] == [4, 4, 2]
+    assert sorted(torch.cat(rows).tolist()) == list(range(10))
+
+
+def test_no_image_ever_sampled_still_trains(tiny_images):
+    """Poisson batches may be empty; each is a step of noise, in every loop."""
+    rare = Privacy(noise_multiplier=1.0, sample_rate=1e-9, expected_batch_size=4, delta=0.05)
+    for family in TRAIN:
+        before = torch.cat([w.detach().flatten() for net in nets(family) for w in net.parameters()])
+        after, report = train(family, tiny_images, 2, rare)
+        assert report["loss"] == [None, None]
+        assert report["steps"] == 4
+        assert (after - before).abs().max() > 1e-4
+
+
+def test_the_private_gans_generator_never_sees_private_labels_or_sizes(tiny_images, monkeypatch):
+    """Replace every private label: what the generator is asked for stays the same; the published way it changes."""
+    images, labels = tiny_images
+
+    def asked(labels, **more):
+        seen = []
+        step = adversarial._generator_step
+        monkeypatch.setattr(adversarial, "_generator_step", lambda *a: (seen.append(a[3].tolist()), step(*a)))
+        train("gan", (images, labels), 20, PRIVACY, **more)
+        monkeypatch.setattr(adversarial, "_generator_step", step)
+        return seen
+
+    mended = asked(labels)
+    assert len(mended) == 4  # 40 steps, one in ten
+    assert {len(batch) for batch in mended} == {4}
+    assert mended == asked(torch.zeros_like(labels))
+    assert asked(labels, as_published=True) != asked(torch.zeros_like(labels), as_published=True)
+
+
+def test_the_private_gans_schedule_does_not_read_the_loss():
+    fixed = Schedule(target=0.0, every=10)
+    assert [fixed.says_go(torch.tensor([math.nan])) for _ in range(20)] == ([False] * 9 + [True]) * 2
+
+
+def test_the_authors_schedule():
+    undecided, winning = torch.tensor([0.69]), torch.tensor([0.1])
+    private = Schedule(target=0.0)
+    calls = [private.says_go(undecided) for _ in range(60)]
+    assert calls[:6] == [True] * 6  # the first six
+    assert calls[6:].index(True) == 49  # then only after fifty without
+    plain = Schedule(target=math.log(2))
+    assert all(plain.says_go(undecided) for _ in range(60))
+    assert all(Schedule(target=0.0).says_go(winning) for _ in range(60))
+
+
+def test_a_generator_step_leaves_the_discriminator_alone(tiny_images):
+    generator, discriminator = nets("gan")
+    before = [p.detach().clone() for p in discriminator.parameters()]
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    adversarial._generator_step(generator, discriminator, optimizer, tiny_images[1], torch.Generator())
+    assert all(torch.equal(a, b) for a, b in zip(before, discriminator.parameters()))
+    assert all(p.requires_grad and p.grad is None for p in discriminator.parameters())
