@@ -43,3 +43,10 @@ def plot_ecdf(axis, values, **style):
     """The share of values at or below x, as steps."""
     values = np.sort(values)
     axis.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+
+
+def mark_level(axis, level, name):
+    """A dashed line across the axes with its name above its right end: a value to read the others against."""
+    axis.axhline(level, color="0.5", ls="--", lw=1)
+    place = {"xy": (1, level), "xycoords": axis.get_yaxis_transform(), "xytext": (-4, 3), "textcoords": "offset points"}
+    axis.annotate(name, **place, ha="right", fontsize=8, color="0.4")

@@ -73,9 +73,11 @@ class ConditionalVAE(nn.Module):
 
 
 def vae_loss(model, images, labels, beta=1.0):
-    """Negative ELBO per image (N,), summed over pixels (Sec. 3.1); beta weighs the KL term."""
+    """Negative ELBO per image (N,), summed over pixels; beta weighs the KL term."""
     logits, mu, logvar = model(images, labels)
-    reconstruction = F.binary_cross_entropy_with_logits(logits, to_unit(images), reduction="none").flatten(1).sum(1)
+    target = to_unit(images)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    reconstruction = entropy.flatten(1).sum(1)
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
     return reconstruction + beta * kl
 

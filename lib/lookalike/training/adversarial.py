@@ -16,17 +16,17 @@ from lookalike.training.likelihood import batches, due, keep, mean_loss, report,
 
 BETAS = (0.5, 0.999)
 FIRST_STEPS, LONGEST_WAIT, BAND = 6, 50, 0.6  # the authors' scheduler
-PRIVATE_EVERY = 10  # discriminator steps per generator step; many help a private GAN (Bie et al. 2023)
 
 
 def train_gan(
     generator_net, discriminator, images, labels, *, epochs, lr=1e-4, batch_size=64, penalty=1.0,
-    privacy=None, as_published=False, generator=None, checkpoint=None,
+    privacy=None, generator_every=10, as_published=False, generator=None, checkpoint=None,
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes the discriminator's steps DP-SGD.
 
     Without privacy: gradient penalty and the authors' schedule. With it: no penalty (it has no per-record gradient),
-    labels for made images drawn uniformly, one generator step per ten discriminator steps; `as_published` takes the
+    labels for made images drawn uniformly, one generator step per `generator_every` discriminator steps (ten is near
+    what the authors' rule did; many discriminator steps help a private GAN, Bie et al. 2023). `as_published` takes the
     private labels and the authors' loss-driven schedule instead, and then epsilon does NOT cover the generator.
     Returns {"loss": mean discriminator loss per epoch, "generator_steps", "steps", "epsilon"}; see `likelihood.train`.
     """
@@ -41,7 +41,7 @@ def train_gan(
         check_delta(privacy.delta, len(images))
         private = PrivateStep(discriminator, adam["d"], privacy, generator)
     schedule = Schedule(
-        target=0.0 if privacy else math.log(2), every=0 if as_published or not privacy else PRIVATE_EVERY
+        target=0.0 if privacy else math.log(2), every=0 if as_published or not privacy else generator_every
     )
     state = resume(checkpoint, modules, adam, {"batches": generator}, private)
     state.setdefault("generator_steps", 0)

@@ -71,7 +71,8 @@ def specify_privacy(sigma, num_images, batch_size, max_grad_norm=1.0):
 
 def train_cell(
     folder, *, data, family, sigma, seed, role, width, epochs, images_per_class, query_class, samples_per_class,
-    batch_size=64, lr=1e-4, timesteps=400, sampler="ancestral", sampling_steps=20, gan_as_published=False,
+    batch_size=64, lr=1e-4, timesteps=400, sampler="ancestral", sampling_steps=20, generator_every=10,
+    gan_as_published=False,
 ):  # fmt: skip
     """Trains one model on one role's images and draws `samples_per_class` images of every class from it.
 
@@ -93,7 +94,8 @@ def train_cell(
     }  # fmt: skip
     x, y = datasets.as_tensor(images).to(device), torch.as_tensor(images.labels).to(device)
     if family == "gan":
-        report = train_gan(*nets.values(), x, y, **settings, as_published=gan_as_published)
+        gan = {"generator_every": generator_every, "as_published": gan_as_published}
+        report = train_gan(*nets.values(), x, y, **settings, **gan)
     else:
         report = {"vae": train_vae, "ddpm": train_ddpm}[family](nets["model"], x, y, **settings)
     save_weights(folder / "weights.safetensors", nets["model"])
@@ -215,3 +217,16 @@ def restore(trained, family, num_classes, width, channels=1):
     model = build(family, num_classes, width, channels)["model"]
     load_weights(Path(trained) / "weights.safetensors", model)
     return model.eval()
+
+
+def grid(families, widths, epochs, sigmas, seeds):
+    """Every cell's settings by name, "vae/sigma0.1/seed0/full"; `widths` and `epochs` hold one number per family."""
+    return {
+        f"{family}/sigma{sigma}/seed{seed}/{role}": {
+            "family": family, "sigma": sigma, "seed": seed, "role": role, "width": width, "epochs": steps,
+        }
+        for family, width, steps in zip(families, widths, epochs, strict=True)
+        for sigma in sigmas
+        for seed in seeds
+        for role in ROLES
+    }  # fmt: skip
