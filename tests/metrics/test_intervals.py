@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lookalike.metrics.intervals import over_seeds
+from lookalike.metrics.intervals import over_seeds, weakest
 
 
 def test_three_seeds_meet_the_table_of_student():
@@ -20,3 +20,21 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 def test_one_seed_has_no_interval():
     assert over_seeds([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
+
+
+def test_a_claim_is_as_strong_as_its_weakest_margin():
+    strong, weak = np.array([5.0, 6.0, 7.0]), np.array([-1.0, 0.5, 2.0])
+    both, alone = weakest(strong, weak), over_seeds(weak)
+    assert both == {key: alone[key] for key in ("value", "low", "high", "n")}
+    assert weakest([1.0], [2.0]) == {"value": 1.0, "low": None, "high": None, "n": 1}
+
+
+def test_two_margins_of_chance_seldom_make_or_break_a_claim():
+    rng = np.random.default_rng(0)
+    found = [weakest(rng.normal(size=3), rng.normal(size=3)) for _ in range(1000)]
+    assert np.mean([f["low"] > 0 for f in found]) < 0.05
+    assert np.mean([f["high"] < 0 for f in found]) < 0.12
+
+
+def test_what_is_not_defined_says_so():
+    assert over_seeds([1.0, np.nan])["note"] == "not defined for these images"

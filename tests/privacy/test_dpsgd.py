@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lookalike.privacy.clipping import clipped_sum
 from lookalike.privacy.dpsgd import Privacy, PrivateStep, check_delta, check_gradients, poisson_batch
 
 PRIVACY = Privacy(noise_multiplier=2.0, sample_rate=0.5, expected_batch_size=40, delta=1e-3, max_grad_norm=0.3)
@@ -34,8 +35,6 @@ def test_noise_has_the_stated_deviation_and_an_empty_batch_is_noise_alone():
 
 
 def test_the_step_is_clipped_sum_plus_noise_over_the_public_number():
-    from lookalike.privacy.clipping import clipped_sum
-
     x = torch.randn(7, 200)
     noise, _ = update(wide(), torch.zeros(0, 200), seed=3)
     gradients, _, _ = clipped_sum(wide(), squared, (x,), 0.3)
@@ -87,8 +86,35 @@ def test_what_would_break_the_guarantee_is_refused():
 
 def test_the_self_test_sees_a_wrong_gradient():
     model, x = wide(), torch.randn(4, 200)
-    squared(model, x).sum().backward()
-    right = {p: p.grad.clone() for p in model.parameters()}
-    check_gradients(model, squared, (x,), right)
+    right, _, norms = clipped_sum(model, squared, (x,), float("inf"))
+    check_gradients(model, squared, (x,), right, norms)
     with pytest.raises(RuntimeError, match="Per-record gradients of weight are wrong"):
-        check_gradients(model, squared, (x,), right | {model.weight: 1.01 * right[model.weight]})
+        check_gradients(model, squared, (x,), right | {model.weight: 1.01 * right[model.weight]}, norms)
+    with pytest.raises(RuntimeError, match="mixes records"):
+        check_gradients(model, squared, (x,), right, norms * 1.01)
+
+
+class Centred(nn.Linear):
+    """Takes the batch's mean off each record: the sum of gradients is right, whose they are is not."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def interleaved(model, x):
+    """Rows of one record side by side instead of a batch apart: norms land on the wrong records."""
+    return squared(model, torch.stack([x, -2 * x], 1).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+
+
+@pytest.mark.parametrize(("model", "loss"), [(Centred(8, 8), squared), (nn.Linear(8, 8), interleaved)])
+def test_records_that_are_mixed_are_refused_at_the_first_step(model, loss):
+    step = PrivateStep(model, torch.optim.SGD(model.parameters(), lr=1.0), PRIVACY)
+    with pytest.raises(RuntimeError, match="mixes records"):
+        step(loss, torch.randn(5, 8) * torch.arange(1, 6)[:, None])
+
+
+def test_a_record_without_a_finite_gradient_stops_the_step():
+    model, x = wide(), torch.randn(4, 200)
+    x[2, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        update(model, x)

@@ -31,6 +31,10 @@ def test_roles_are_the_papers(digits):
 def test_wrong_names_are_refused_with_the_right_ones(digits):
     with pytest.raises(ValueError, match="full, ablated, victim"):
         cells.select_role(digits, "suspect", 2, 0)
+    with pytest.raises(ValueError, match="query_class must be 0 to 9, not 12"):
+        cells.select_role(digits, "victim", 2, 12)
+    with pytest.raises(ValueError, match="has 400 images of class 3, not 500"):
+        cells.first_of(digits, 3, 500)
     with pytest.raises(ValueError, match="vae, gan, ddpm"):
         cells.build("flow", 10, 8)
 
@@ -52,10 +56,9 @@ def test_a_private_cell_writes_samples_and_clean_weights(family, tmp_path):
     assert labels.tolist() == np.repeat(range(10), 2).tolist()
     assert report["images"] == 19
     assert report["epsilon"] == pytest.approx(cells.specify_privacy(0.5, 20, 10).epsilon(report["steps"]))
-    model = cells.restore(tmp_path, family, 10, 8) if family != "ddpm" else None
-    if model:  # the stored weights make the stored samples
-        again = cells.draw_samples(model, 10, 2, seed=0)
-        assert (again["images"].int() - torch.as_tensor(images).int()).abs().max() <= 1
+    ddpm = {name: SETTINGS[name] for name in ("timesteps", "sampler", "sampling_steps")} if family == "ddpm" else {}
+    again = cells.draw_samples(cells.restore(tmp_path, family, 10, 8, **ddpm), 10, 2, seed=0)
+    assert (again["images"].int() - torch.as_tensor(images).int()).abs().max() <= 1  # stored weights, stored samples
 
 
 def test_victim_and_ablated_start_from_the_same_weights(tmp_path):
@@ -105,3 +108,11 @@ def test_held_out_real_images_are_others(digits):
     assert not reference & {image.tobytes() for image in images}
     with pytest.raises(ValueError, match="anchor must be one of"):
         cells._anchor_images("noise", digits, 3, 12)
+
+
+def test_every_purpose_has_its_own_random_numbers():
+    draw = lambda generator: torch.randn(4, generator=generator)  # noqa: E731
+    first = draw(cells.stream(0, "training"))
+    assert torch.equal(first, draw(cells.stream(0, "training")))
+    for other in (cells.stream(0, "samples"), cells.stream(1, "training"), torch.Generator().manual_seed(0)):
+        assert not torch.equal(first, draw(other))

@@ -121,6 +121,12 @@ def test_the_private_gans_generator_never_sees_private_labels_or_sizes(tiny_imag
     assert asked(labels, as_published=True) != asked(torch.zeros_like(labels), as_published=True)
 
 
+def test_no_epsilon_is_claimed_for_the_published_private_gan(tiny_images):
+    _, report = train("gan", tiny_images, 2, PRIVACY, as_published=True)
+    assert report["epsilon"] is None
+    assert report["steps"] == 4
+
+
 def test_the_private_gans_schedule_does_not_read_the_loss():
     fixed = Schedule(target=0.0, every=10)
     assert [fixed.says_go(torch.tensor([math.nan])) for _ in range(20)] == ([False] * 9 + [True]) * 2

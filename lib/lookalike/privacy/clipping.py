@@ -27,7 +27,10 @@ def clipped_sum(model, loss, batch, max_grad_norm, method="bookkeeping"):
     methods = {"bookkeeping": _bookkeeping, "hooks": _hooks, "vmap": _vmap}
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}, not {method!r}.")
-    return methods[method](model, loss, batch, max_grad_norm)
+    gradients, losses, norms = methods[method](model, loss, batch, max_grad_norm)
+    if not torch.isfinite(norms).all():
+        raise ValueError("A record's gradient is not finite and cannot be clipped: lower lr or check the images.")
+    return gradients, losses, norms
 
 
 def best_method(model):

@@ -114,18 +114,20 @@ def null_distribution(query, sets, reducer=None, k=20):
     return np.array([_density_ratio(a, b, k, len(point)).as_published for a, b in permutations(distances, 2)])
 
 
-def null_from_halves(query, samples, reducer=None, k=20, repeats=200, seed=0):
-    """as_published ratios (repeats,) of random halves of one model's samples: the spread of sampling alone.
+def null_curves(query, samples, reducer=None, ks=(5, 10, 20, 40), repeats=200, seed=0):
+    """as_published ratios (repeats, len(ks)) of random halves of one model's samples: the spread of sampling alone.
 
-    It depends on k and hardly on how many samples there are, so halves stand for whole sets; it lacks the
-    spread over models.
+    A row uses the same halves for every k. It depends on k and hardly on how many samples there are, so halves stand
+    for whole sets; it lacks the spread over trainings.
     """
     point, rng = _point(query, reducer), np.random.default_rng(seed)
     distances = _distances(point, _points(samples, reducer))
-    shuffled = (rng.permutation(distances) for _ in range(repeats))
     half = len(distances) // 2
-    halves = ((order[:half], order[half : 2 * half]) for order in shuffled)
-    return np.array([_density_ratio(a, b, k, len(point)).as_published for a, b in halves])
+    rows = []
+    for order in (rng.permutation(distances) for _ in range(repeats)):
+        a, b = order[:half], order[half : 2 * half]
+        rows.append([_density_ratio(a, b, k, len(point)).as_published for k in ks])
+    return np.array(rows)
 
 
 def ecdf_distances(train, holdout, synthetic):

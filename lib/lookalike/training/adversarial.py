@@ -27,56 +27,47 @@ def train_gan(
     Without privacy: gradient penalty and the authors' schedule. With it: no penalty (it has no per-record gradient),
     labels for made images drawn uniformly, one generator step per `generator_every` discriminator steps (ten is near
     what the authors' rule did; many discriminator steps help a private GAN, Bie et al. 2023). `as_published` takes the
-    private labels and the authors' loss-driven schedule instead, and then epsilon does NOT cover the generator.
+    private labels and the authors' loss-driven schedule instead: no epsilon covers that generator, so it is None.
     Returns {"loss": mean discriminator loss per epoch, "generator_steps", "steps", "epsilon"}; see `likelihood.train`.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    adam = {
-        name: torch.optim.Adam(net.parameters(), lr=lr, betas=BETAS, fused=True)
-        for name, net in (("d", discriminator), ("g", generator_net))
-    }
     modules = {"generator": generator_net, "discriminator": discriminator}
-    private = None
+    adam = {name: torch.optim.Adam(net.parameters(), lr, BETAS, fused=True) for name, net in modules.items()}
     if privacy:
         check_delta(privacy.delta, len(images))
-        private = PrivateStep(discriminator, adam["d"], privacy, generator)
-    schedule = Schedule(
-        target=0.0 if privacy else math.log(2), every=0 if as_published or not privacy else generator_every
-    )
+    private = PrivateStep(discriminator, adam["discriminator"], privacy, generator) if privacy else None
+    leaky = as_published or not privacy  # made labels and batch sizes come from the real batch
+    schedule = Schedule(0.0 if privacy else math.log(2), every=0 if leaky else generator_every)
     state = resume(checkpoint, modules, adam, {"batches": generator}, private)
     state.setdefault("generator_steps", 0)
     schedule.__dict__.update(state.pop("schedule", {}))
     generator_net.train(), discriminator.train()
+
+    def made_labels(real_labels, n):
+        return real_labels if leaky else _draw_labels(generator_net, n, generator, labels)
+
     for epoch in range(state["epoch"], epochs):
         losses = []
         for rows in batches(len(images), batch_size, privacy, generator):
-            real, real_labels = images[rows], labels[rows]
-            leaky = as_published or not privacy
-            fake_labels = real_labels if leaky else _draw_labels(generator_net, len(rows), generator, labels)
+            real_labels, fake_labels = labels[rows], made_labels(labels[rows], len(rows))
             with torch.no_grad():
                 fake = generator_net(generator_net.noise(len(rows), generator), fake_labels)
-            batch = (real, fake, real_labels, fake_labels)
+            batch = (images[rows], fake, real_labels, fake_labels)
             if private:
                 losses.append(private(discriminator_loss, *batch))
             else:
-                losses.append(_discriminator_step(discriminator, adam["d"], batch, penalty, generator))
+                losses.append(_discriminator_step(discriminator, adam["discriminator"], batch, penalty, generator))
             if schedule.says_go(losses[-1]):
                 size = len(rows) if leaky else round(privacy.expected_batch_size)
-                step_labels = real_labels if leaky else _draw_labels(generator_net, size, generator, labels)
-                _generator_step(generator_net, discriminator, adam["g"], step_labels, generator)
+                wanted = made_labels(real_labels, size)
+                _generator_step(generator_net, discriminator, adam["generator"], wanted, generator)
                 state["generator_steps"] += 1
         state["loss"].append(mean_loss(losses))
         state["epoch"] = epoch + 1
         if due(epoch + 1, epochs):
-            keep(
-                checkpoint,
-                modules,
-                adam,
-                {"batches": generator},
-                private,
-                state | {"schedule": schedule.__dict__},
-            )
-    return report(state, private)
+            keep(checkpoint, modules, adam, {"batches": generator}, private, state | {"schedule": schedule.__dict__})
+    found = report(state, private)
+    return found | {"epsilon": None} if as_published else found  # its generator is not covered by any epsilon
 
 
 class Schedule:

@@ -4,6 +4,7 @@ Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 4.2.1. Chapter: no_
 a run: they take a folder and plain settings, resume after a kill, and give back plain numbers.
 """
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lookalike.data import datasets
+from lookalike.metrics import distances, pixels, utility
+from lookalike.metrics.features import efficientnet_lite0, features, inception, logits
 from lookalike.models.ddpm import ConditionalDDPM
 from lookalike.models.gan import Discriminator, Generator
 from lookalike.models.vae import ConditionalVAE
@@ -29,6 +32,8 @@ def select_role(image_set, role, images_per_class, query_class):
     """The paper's three training sets: the FIRST images of each class; no query class; that plus one query image,
     last.
     """
+    if not 0 <= query_class < len(image_set.classes):
+        raise ValueError(f"query_class must be 0 to {len(image_set.classes) - 1}, not {query_class}.")
     if role == "full":
         return image_set.first_per_class(images_per_class)
     others = [c for c in range(len(image_set.classes)) if c != query_class]
@@ -42,7 +47,10 @@ def select_role(image_set, role, images_per_class, query_class):
 
 def first_of(image_set, label, k):
     """Indices of the first k images of one class, in stored order."""
-    return np.flatnonzero(image_set.labels == label)[:k]
+    found = np.flatnonzero(image_set.labels == label)
+    if len(found) < k:
+        raise ValueError(f"{image_set.name} has {len(found)} images of class {image_set.classes[label]}, not {k}.")
+    return found[:k]
 
 
 def build(family, num_classes, width, channels=1, **ddpm):
@@ -88,7 +96,7 @@ def train_cell(
     nets = {name: net.to(device) for name, net in build(family, num_classes, width, channels, **ddpm).items()}
     settings = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "checkpoint": Checkpoint(folder / "checkpoint"),
-        "generator": torch.Generator().manual_seed(seed),
+        "generator": stream(seed, "training"),
         # One public size for all roles: had each role its own, the normaliser would tell victim from ablated.
         "privacy": specify_privacy(sigma, images_per_class * num_classes, batch_size),
     }  # fmt: skip
@@ -113,9 +121,17 @@ def draw_samples(model, num_classes, per_class, seed, device="cpu"):
     """
     model.eval()
     labels = torch.arange(num_classes).repeat_interleave(per_class)
-    generator = torch.Generator().manual_seed(seed + 10_000)
-    images = [model.sample(part.to(device), generator).cpu() for part in labels.split(SAMPLING_BATCH)]
-    return {"images": torch.as_tensor(datasets.to_uint8(torch.cat(images))), "labels": labels}
+    generator = stream(seed, "samples")
+    images = torch.cat([model.sample(part.to(device), generator).cpu() for part in labels.split(SAMPLING_BATCH)])
+    if not torch.isfinite(images).all():
+        raise ValueError("The model's samples are not finite: its training diverged; lower lr.")
+    return {"images": torch.as_tensor(datasets.to_uint8(images)), "labels": labels}
+
+
+def stream(seed, purpose):
+    """A CPU generator of its own for each purpose: equal seeds would draw the noise from the weights' numbers."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def load_samples(folder):
@@ -144,54 +160,45 @@ def measure_anchor(folder, *, anchor, data, images_per_class, real_per_class, **
 
 
 def measure(
-    images,
-    labels,
-    real,
-    test,
-    *,
-    feature_size,
-    pixel_size,
-    classifier_epochs,
-    classifier_width,
-    seed,
-    cache=None,
-):
+    images, labels, real, test, *, feature_size, pixel_size, classifier_epochs, classifier_width, seed,
+    standardise="none", inception_weights="", cache=None,
+):  # fmt: skip
     """Made images uint8 (N, C, S, S), sorted by class, against `real` (the paper's reference: from train) and `test`.
 
     Returns frechet and frechet_test (EfficientNet-Lite0 features: not FID, lower is better), kernel (x 1000, lower is
     better), precision and recall (0..1), psnr and ssim as published (random pairs), accuracy with its 95 % interval.
+    `inception_weights`, a path to FID's own, adds fid (lower is better) and is (Inception Score, higher is better).
     """
-    from lookalike.metrics import distances, features, pixels, utility
-
-    extractor = features.efficientnet_lite0(image_size=feature_size)
-    made, reference, held_out = (features.features(x, extractor, cache) for x in (images, real.images, test.images))
-    neighbours = distances.precision_recall_density_coverage(reference, made)
+    extractor = efficientnet_lite0(image_size=feature_size)
+    found = _feature_measures(images, real, test, extractor, cache)
+    found |= _inception_measures(images, real, inception_weights, cache) if inception_weights else {}
     pairs = pixels.paired_table(real, images, "as_published", real.labels, labels, resize=pixel_size, seed=seed)
+    found |= {name.split("_")[0]: value for name, value in pairs.items()}
     score = utility.utility(
-        images,
-        labels,
-        test.images,
-        test.labels,
-        len(test.classes),
-        classifier_epochs,
-        seed,
-        width=classifier_width,
-    )
-    found = {
+        images, labels, test.images, test.labels, len(test.classes),
+        epochs=classifier_epochs, seed=seed, standardise=standardise, width=classifier_width,
+    )  # fmt: skip
+    found |= {"accuracy": score["accuracy"], "accuracy_low": score["low"], "accuracy_high": score["high"]}
+    return {name: x if math.isfinite(x) else None for name, x in found.items()} | {"features": extractor.name}
+
+
+def _feature_measures(images, real, test, extractor, cache):
+    made, reference, held_out = (features(x, extractor, cache) for x in (images, real.images, test.images))
+    neighbours = distances.precision_recall_density_coverage(reference, made)
+    return {
         "frechet": distances.frechet_distance(reference, made),
         "frechet_test": distances.frechet_distance(held_out, made),
         "kernel": 1000 * distances.kernel_distance(reference, made).value,
         "precision": neighbours["precision"],
         "recall": neighbours["recall"],
-        "psnr": next(value for name, value in pairs.items() if name.startswith("psnr")),
-        "ssim": next(value for name, value in pairs.items() if name.startswith("ssim")),
-        "accuracy": score["accuracy"],
-        "accuracy_low": score["low"],
-        "accuracy_high": score["high"],
     }
-    return {name: value if math.isfinite(value) else None for name, value in found.items()} | {
-        "features": extractor.name
-    }
+
+
+def _inception_measures(images, real, path, cache):
+    network = inception(path)
+    made, reference = (features(x, network, cache) for x in (images, real.images))
+    score = distances.class_score(logits(made, network))
+    return {"fid": distances.frechet_distance(reference, made), "is": score.value}
 
 
 def _anchor_images(anchor, train, images_per_class, real_per_class):
@@ -199,7 +206,7 @@ def _anchor_images(anchor, train, images_per_class, real_per_class):
     classes = range(len(train.classes))
     pick = {
         "training images": lambda c: np.resize(first_of(few, c, images_per_class), real_per_class),
-        "held-out real images": lambda c: np.flatnonzero(train.labels == c)[real_per_class : 2 * real_per_class],
+        "held-out real images": lambda c: first_of(train, c, 2 * real_per_class)[real_per_class:],
         "one image repeated": lambda c: np.full(real_per_class, 0),
         "blank": lambda c: np.full(real_per_class, 0),
     }  # fmt: skip
@@ -212,9 +219,9 @@ def _anchor_images(anchor, train, images_per_class, real_per_class):
     return (np.zeros_like(images), labels) if anchor == "blank" else (images, labels)
 
 
-def restore(trained, family, num_classes, width, channels=1):
-    """The trained generator of a cell, on the CPU, ready to sample."""
-    model = build(family, num_classes, width, channels)["model"]
+def restore(trained, family, num_classes, width, channels=1, **ddpm):
+    """The trained generator of a cell, on the CPU, ready to sample; `ddpm` as in `build`: no weights file holds it."""
+    model = build(family, num_classes, width, channels, **ddpm)["model"]
     load_weights(Path(trained) / "weights.safetensors", model)
     return model.eval()
 
