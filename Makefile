@@ -23,7 +23,7 @@ ENVIRONMENT := .venv/.installed
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: book test setup full data readme format clean
+.PHONY: book test setup full data readme bench format clean
 
 book: $(SITE)
 	@echo "The book: $(SITE)"
@@ -33,7 +33,7 @@ $(SITE): $(ENVIRONMENT) $(EXECUTED) $(PAGES)
 	@touch $@
 
 # Each chapter once, small; the test and the page share the outputs.
-build/nb/book/chapters/%.ipynb: book/chapters/%.md $(SOURCES) $(ENVIRONMENT)
+build/nb/book/chapters/%.ipynb: book/chapters/%.md book/reported/%.csv $(SOURCES) $(ENVIRONMENT)
 	$(ONE_THREAD) $(PY) -m pytest --nbmake -q $<
 
 test: $(ENVIRONMENT) $(EXECUTED)
@@ -53,6 +53,9 @@ full: $(ENVIRONMENT)
 
 data: $(ENVIRONMENT)
 	$(BIN)lookalike data fetch --all
+
+bench: $(ENVIRONMENT)
+	for script in benchmarks/*.py; do $(ONE_THREAD) $(PY) $$script || exit 1; done
 
 readme: $(ENVIRONMENT)
 	$(PY) -m lookalike.pages

@@ -27,6 +27,8 @@ def _text_notebook():
     import nbformat
     from nbmake.pytest_items import NotebookFile, NotebookItem
 
+    from lookalike.keep import strip
+
     class Chapter(NotebookItem):
         def runtest(self):
             notebook = Path(self.filename)
@@ -35,10 +37,14 @@ def _text_notebook():
             self.config.option.overwrite = True  # keep the outputs; the source is never written
             notebook.with_suffix(".json").unlink(missing_ok=True)
             started = time.time()
+            os.environ["LOOKALIKE_RESUME"] = "0"  # a page's outputs come from one whole run
             super().runtest()
             record = paths.runs_dir() / self.path.stem / "small" / "run.json"
             if record.stat().st_mtime < started or not json.loads(record.read_text("utf-8"))["finished"]:
                 raise AssertionError(f"{self.path.name} must save its small run with run.save()")
+            executed = nbformat.read(notebook, as_version=4)
+            strip(executed)
+            nbformat.write(executed, notebook)
             shutil.copy(record, notebook.with_suffix(".json"))
 
     class ChapterFile(NotebookFile):

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from lookalike import cli, paths
+from lookalike import cli, paths, runner
+from lookalike.data import manifest
 
 VERBS = ["list", "run", "compare", "keep", "doctor", "data list", "data fetch", "data verify"]
 
@@ -140,6 +141,16 @@ def test_run_fails_when_a_cell_fails(lookalike):
     assert "begins `print(1 / lr)` with ZeroDivisionError" in err.splitlines()[-1]
 
 
+def test_a_stopped_run_says_how_to_go_on(lookalike, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_chapter", stopped)
+    code, out, err = lookalike("run", "tiny")
+    assert (code, out) == (130, "")
+    assert "the same command with --resume goes on" in err
+
+
 def test_compare_says_not_run_before_any_run(lookalike):
     code, out, _ = lookalike("compare", "tiny", "--json")
     assert code == 0
@@ -158,6 +169,26 @@ def test_data_fetch_gives_verified_places(lookalike):
     code, out, _ = lookalike("data", "fetch", "digits", "--json")
     assert code == 0
     assert all(path.endswith("mnist_5k.csv.gz") for path in json.loads(out)["digits"].values())
+
+
+def test_data_fetch_tries_every_named_set_and_reports_all_failures(lookalike):
+    code, out, err = lookalike("data", "fetch", "mnits", "digits", "bcdr", "--json")
+    assert code == 2
+    assert list(json.loads(out)) == ["digits"]
+    first, second = err.splitlines()
+    assert first.startswith("The data manifest has no entry 'mnits'")
+    assert second.startswith("bcdr cannot be fetched automatically")
+
+
+def test_data_fetch_all_leaves_out_what_no_program_can_fetch(lookalike, monkeypatch):
+    places = {"bcdr": "by hand", "digits": "cached"}
+    monkeypatch.setattr(manifest, "status", lambda name: places.get(name, "to install"))
+    code, out, err = lookalike("data", "fetch", "--all", "--json")
+    assert code == 0
+    assert list(json.loads(out)) == ["digits"]
+    by_hand, to_install = err.splitlines()
+    assert by_hand == "Only by hand (lookalike data fetch NAME says how): bcdr"
+    assert to_install.startswith("In a package that is not installed (lookalike data fetch NAME says how): ")
 
 
 def test_data_verify_fails_when_a_file_is_missing(lookalike):

@@ -1,6 +1,9 @@
 """environment.yml, pyproject.toml and constraints.txt say the same; no conda is needed to check it."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 
 import pytest
@@ -52,6 +55,17 @@ def test_conda_installs_this_package_pinned_with_extras_that_exist():
 def test_make_installs_what_conda_installs():
     _, package = pip_lines()
     assert f"-e '{package.removeprefix('-e ')}'" in (ROOT / ".ci" / "install").read_text("utf-8")
+
+
+@pytest.mark.parametrize("python", ["/no/such/python3.11", "/bin/true x"])
+def test_a_python_that_was_named_is_taken_or_refused(tmp_path, python):
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(ROOT / ".ci" / "install", tmp_path / ".ci")
+    named = os.environ | {"PYTHON": python}
+    done = subprocess.run(["bash", script], env=named, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"PYTHON is {python}, which does not run or is not Python 3.11, 3.12 or 3.13")
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("requirement", all_requirements(), ids=lambda r: r.name)

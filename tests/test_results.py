@@ -14,8 +14,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lookalike import results, runner
+from lookalike import paths, provenance, results, runner
 from lookalike.compare import Comparison, missing_needs
+from lookalike.keep import strip
 from lookalike.results import (
     ResultsError,
     comparison,
@@ -117,6 +118,37 @@ def test_changed_code_and_no_git_are_told_apart(book, tmp_path_factory, monkeypa
     subprocess.run(["rm", "-r", str(book / ".git")], check=True)
     origin = start_run("toy", VALUES).record()["provenance"]
     assert (origin["commit"], origin["dirty"]) == (None, None)
+
+
+def test_new_files_count_whatever_git_is_set_to(book):
+    subprocess.run(["git", "-C", str(book), "config", "status.showUntrackedFiles", "no"], check=True)
+    assert provenance.git_state(book)[1] is False
+    (book / "new.py").touch()
+    assert provenance.git_state(book)[1] is True
+
+
+def test_trouble_with_git_is_not_taken_for_a_clean_state(book, monkeypatch):
+    (book / ".git/index").write_bytes(b"damaged")
+    commit, dirty = provenance.git_state(book)
+    assert len(commit) == 40
+    assert dirty is None
+
+    def too_slow(*arguments, **keys):
+        raise subprocess.TimeoutExpired("git", 60)
+
+    monkeypatch.setattr(subprocess, "run", too_slow)
+    assert provenance.git_state(book) == (None, None)
+
+
+def test_runs_in_the_root_do_not_hide_everything(book, monkeypatch):
+    monkeypatch.setenv("LOOKALIKE_RUNS", str(book))
+    (book / "new.py").touch()
+    assert provenance.git_state(book)[1] is True
+    monkeypatch.setenv("LOOKALIKE_RUNS", str(book / "elsewhere"))
+    (book / "new.py").unlink()
+    (book / "elsewhere").mkdir()
+    (book / "elsewhere/run.json").touch()
+    assert provenance.git_state(book)[1] is False
 
 
 def test_everything_is_seeded(book):
@@ -360,6 +392,22 @@ VERDICTS = [
         record("full data:digits", data=("digits",), k=metric(1.0, 0.1, 2.0)),
         "same direction (at full scale; digits instead of mnist)",
     ),
+    (
+        claim_row("full"),
+        record("", changed={"epochs": 3}, k=metric(1.0, 0.1, 2.0)),
+        "same direction (at full scale with other epochs)",
+    ),
+    (
+        claim_row("full data:mnist"),
+        record("", changed={"data": "digits", "lr": 1.0}, data=("digits",), k=metric(-1.0, -2.0, -0.1)),
+        "not reproduced (at full scale with other data, lr; digits instead of mnist)",
+    ),
+    (claim_row("full"), record("", "medium", k=metric(1.0, 0.1, 2.0)), "same direction (at medium scale)"),
+    (
+        claim_row("data:mnist"),
+        record("data:digits", "medium", data=("digits",), k=metric(1.0, 0.1, 2.0)),
+        "same direction (at medium scale; digits instead of mnist)",
+    ),
 ]  # fmt: skip
 
 
@@ -518,8 +566,9 @@ def test_kept_run_is_the_runs_record_and_a_clean_notebook(book):
     run = finished_run(book, claim__c1=1.0)
     progress = nbformat.v4.new_output("stream", name="stderr", text="10%\r 50%\r100%\n")
     mixed = nbformat.v4.new_output("stream", text=f"10%\r100%\nsaved {book}/runs/toy\n")
+    shown = nbformat.v4.new_output("display_data", data={"text/plain": f"'{book}/book'", "image/png": f"{book}/"})
     write_notebook(
-        run, progress, mixed, metadata={"papermill": {"input_path": "/x", "output_path": "/y", "duration": 3}}
+        run, progress, mixed, shown, metadata={"papermill": {"input_path": "/x", "output_path": "/y", "duration": 3}}
     )
     files = keep("toy", "full")
     assert [path.relative_to(book).as_posix() for path in files] == [
@@ -529,8 +578,49 @@ def test_kept_run_is_the_runs_record_and_a_clean_notebook(book):
     assert kept_runs("toy") == {"full": load_run(run.folder / "run.json")}
     notebook = nbformat.read(files[1], as_version=4)
     assert notebook.metadata["papermill"] == {"duration": 3}
-    assert [output.text for output in notebook.cells[0].outputs[1:]] == ["saved runs/toy\n"]
+    _, saved, shown = notebook.cells[0].outputs
+    assert saved.text == "saved runs/toy\n"
+    assert shown.data == {"text/plain": "'book'", "image/png": f"{book}/"}
     assert (run.folder / "notebook.ipynb").exists()
+
+
+def test_no_place_of_this_machine_is_left(book, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setenv("LOOKALIKE_RUNS", str(elsewhere))
+    monkeypatch.setenv("HOME", "/home/ada")
+    text = f"{elsewhere}/toy/full {paths.project_root()}/lib /home/ada/.cache '/home/ada' /home/adam A/home/ada"
+    result = nbformat.v4.new_output("execute_result", data={"text/html": text})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[result])])
+    strip(notebook)
+    assert result.data["text/html"] == "runs/toy/full lib ~/.cache '~' /home/adam A/home/ada"
+    monkeypatch.setenv("HOME", "/")
+    result.data["text/html"] = "a/b / c"
+    strip(notebook)
+    assert result.data["text/html"] == "a/b / c"
+
+
+def test_a_kill_while_keeping_leaves_no_pair_of_two_runs(book, monkeypatch):
+    write_notebook(finished_run(book))
+    keep("toy", "full")
+    write_notebook(finished_run(book))
+
+    def killed(path, document):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lookalike.keep.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep("toy", "full")
+    assert [path.name for path in (book / "book/results/toy").iterdir()] == ["full.ipynb"]
+
+
+def test_run_with_stages_of_other_code_is_kept_only_if_allowed(book):
+    run = start_run("toy", FULL)
+    run._stages["a"] = {"fingerprint": "0", "seconds": 1.0, "libraries": ["0" * 12]}
+    run.save()
+    write_notebook(run)
+    with pytest.raises(ResultsError, match="made by other library code; run it anew without --resume"):
+        keep("toy", "full")
+    keep("toy", "full", allow_dirty=True)
 
 
 def test_no_run_no_notebook_not_finished(book):
@@ -548,7 +638,7 @@ def test_run_of_changed_code_is_kept_only_if_allowed(book):
     (book / "new.py").touch()
     run = finished_run(book)
     write_notebook(run)
-    with pytest.raises(ResultsError, match="its code is not a commit"):
+    with pytest.raises(ResultsError, match=r"its code is not a commit; commit and run again\.$"):
         keep("toy", "full")
     assert not kept_runs("toy")
     keep("toy", "full", allow_dirty=True)

@@ -105,6 +105,32 @@ def test_stage_that_reads_a_changed_stage_runs_again(book):
     assert run.stage("b", read_other, other=str(run.stage_folder("a"))) == {"step": 2}
 
 
+def test_a_moved_run_is_the_same_run(book, monkeypatch):
+    def stages_of(run):
+        run.stage("a", count_calls)
+        places = {"other": str(run.stage_folder("a")), "cache": str(run.folder / "features"), "run": run.folder}
+        run.stage("b", read_other, **places)
+        return {name: stage["fingerprint"] for name, stage in run.record()["stages"].items()}
+
+    before = stages_of(start())
+    assert stages_of(start("small-again")) == before
+    monkeypatch.setenv("LOOKALIKE_RUNS", str(book / 'a "new" place'))
+    assert stages_of(start()) == before
+    (start(resume=True).stage_folder("b") / "step").touch()
+    run = start(resume=True)
+    assert stages_of(run) == before
+    assert (run.stage_folder("b") / "step").exists()
+
+
+def test_a_place_beside_the_runs_folder_counts_as_it_stands(book):
+    def fingerprint(other):
+        run = start()
+        return stages.Stage(run.folder, "b", read_other, {"other": other(run.folder)}, 0).fingerprint
+
+    assert fingerprint(lambda folder: f"{folder}-2/x") != fingerprint(lambda folder: f"{folder}-3/x")
+    assert fingerprint(lambda folder: folder / "x") != fingerprint(lambda folder: folder / "y")
+
+
 def test_random_state_depends_on_seed_and_name_alone(book):
     values = start().stage("a", draw)["values"]
     random.random()
@@ -212,9 +238,9 @@ def test_first_failure_stops_the_other_workers(book):
     todo = [stages.Stage(run.folder, name, function, {}, 0) for name, function in jobs.items()]
     with pytest.raises(results.StageError, match="Stage bad stopped: ValueError: no images"):
         stages.execute_all(todo, 2, lambda stage, outcome: None)
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < 300  # it would sleep for 600
     pid = run.stage_folder("slow") / "pid"
-    assert not pid.exists() or wait_until(lambda: not alive(pid.read_text()), 5)
+    assert not pid.exists() or wait_until(lambda: not alive(pid.read_text()), 30)
 
 
 def test_worker_that_dies_is_a_sentence(book):
@@ -241,7 +267,7 @@ def test_workers_in_a_notebook_find_what_one_process_finds(book):
         "run.save()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=300, startup_timeout=180, kernel_name="python3").execute()
     assert "[3/3]" in notebook.cells[2].outputs[-1].text
     in_workers = files.read_json(book / "runs/toy/small/stages/a/result.json")["result"]
     assert in_workers["threads"] == 1
@@ -253,7 +279,7 @@ def test_workers_in_a_notebook_find_what_one_process_finds(book):
 
 
 def test_workers_die_with_a_killed_kernel_and_the_next_run_gets_the_lock(book):
-    manager, client = start_new_kernel(kernel_name="python3", env=dict(os.environ))
+    manager, client = start_new_kernel(startup_timeout=180, kernel_name="python3", env=dict(os.environ))
     try:
         client.execute(
             "import os; from toy_stages import sleep, start; run = start();"
@@ -262,9 +288,9 @@ def test_workers_die_with_a_killed_kernel_and_the_next_run_gets_the_lock(book):
         )
         folder = book / "runs/toy/small"
         pids = [folder / "stages/a/pid", folder / "stages/b/pid"]
-        assert wait_until(lambda: all(pid.exists() and pid.read_text() for pid in pids), 60)
+        assert wait_until(lambda: all(pid.exists() and pid.read_text() for pid in pids), 180)
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
-        assert wait_until(lambda: not any(alive(pid.read_text()) for pid in pids), 10)
+        assert wait_until(lambda: not any(alive(pid.read_text()) for pid in pids), 30)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -274,7 +300,7 @@ def test_workers_die_with_a_killed_kernel_and_the_next_run_gets_the_lock(book):
 @pytest.mark.parametrize("moment", ["2.1", "2.save"])
 def test_killed_training_resumes_to_the_same_bits(book, moment):
     code = "from toy_stages import start, train; start().stage('net', train, epochs=4)"
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KILL_AT": moment}, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KILL_AT": moment}, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     resumed, whole = start(resume=True), start("small-whole")
     assert resumed.stage("net", train, epochs=4)["first"] == 2
@@ -285,7 +311,7 @@ def test_killed_training_resumes_to_the_same_bits(book, moment):
 
 
 def test_second_process_waits_for_the_lock_and_then_names_the_holder(book, monkeypatch):
-    code = "import sys, time; from toy_stages import start; start(); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from toy_stages import start; start(); print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         while "held" not in holder.stdout.readline():

@@ -38,13 +38,13 @@ def count_calls(folder, step=1):
     return {"calls": len(calls.read_text()), "step": step}
 
 
-def read_other(folder, other):
+def read_other(folder, other, cache=None, run=None):
     return {"step": read_json(Path(other) / "result.json")["result"]["step"]}
 
 
 def sleep(folder):
     (folder / "pid").write_text(str(os.getpid()))
-    time.sleep(120)
+    time.sleep(600)
     return {}
 
 

@@ -50,7 +50,11 @@ def run(
     from lookalike import runner
 
     overrides = dict(runner.parse_setting(chapter, setting) for setting in settings)
-    notebook = runner.run_chapter(chapter, scale, overrides, resume)
+    try:
+        notebook = runner.run_chapter(chapter, scale, overrides, resume)
+    except KeyboardInterrupt:
+        print("Stopped; the same command with --resume goes on from what was finished.", file=sys.stderr)
+        raise typer.Exit(130) from None
     outcome = {"chapter": chapter, "run_name": notebook.parent.name, "notebook": str(notebook)}
     print(json.dumps(outcome) if as_json else f"{chapter} {notebook.parent.name} is done: {notebook}")
 
@@ -122,15 +126,26 @@ def data_fetch(
     entries = manifest.load_manifest().entries
     if bool(names) == everything:
         raise typer.BadParameter("Name the sets to fetch, or give --all.")
-    wanted = [name for name in entries if manifest.status(name) != "by hand"] if everything else names
-    found = {name: {path: str(local) for path, local in manifest.fetch(name).items()} for name in wanted}
-    by_hand = [name for name in entries if everything and name not in found]
-    if by_hand:
-        print(f"Only by hand (lookalike data list): {', '.join(by_hand)}", file=sys.stderr)
+    found, failures = {}, []
+    if everything:
+        places = {name: manifest.status(name) for name in entries}
+        names = [name for name in entries if places[name] not in ("by hand", "to install")]
+        for place, heading in (("by hand", "Only by hand"), ("to install", "In a package that is not installed")):
+            left = [name for name in entries if places[name] == place]
+            if left:
+                print(f"{heading} (lookalike data fetch NAME says how): {', '.join(left)}", file=sys.stderr)
+    for name in names:
+        try:
+            found[name] = {path: str(local) for path, local in manifest.fetch(name).items()}
+        except manifest.DataError as error:
+            failures.append(str(error))
     if as_json:
         print(json.dumps(found))
     for name, files in {} if as_json else found.items():
         print(f"{name}: {', '.join(files.values())}")
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 @data_app.command("verify")
@@ -201,9 +216,6 @@ def main() -> None:
     """The entry point: a sentence of the library's own becomes one line on stderr."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("Stopped; the same command with --resume goes on from what was finished.", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if not type(error).__module__.startswith("lookalike"):
             raise

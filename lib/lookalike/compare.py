@@ -157,7 +157,7 @@ def _why_missing(token: str, run: dict) -> str:
 
 def _at_scale(missing: dict[str, str], run: dict) -> str:
     others = [reason for token, reason in missing.items() if token != "full"]
-    return " (" + "; ".join([f"at {run['scale']} scale", *others]) + ")"
+    return " (at " + "; ".join([missing.get("full", f"{run['scale']} scale"), *others]) + ")"
 
 
 def _stand_in(row: dict, run: dict) -> dict | None:

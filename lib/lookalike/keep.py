@@ -29,6 +29,8 @@ def keep(chapter: str, run_name: str = "medium", allow_dirty: bool = False) -> l
     strip(notebook)
     target = paths.results_dir() / chapter / run["scale"]
     files = [target.with_suffix(".json"), target.with_suffix(".ipynb")]
+    for old in files:  # a kill between the two writes leaves one file, never a pair of two runs
+        old.unlink(missing_ok=True)
     write_atomically(files[1], (nbformat.writes(notebook) + "\n").encode())
     write_json(files[0], run)
     return files
@@ -42,7 +44,9 @@ def _why_not(run: dict, notebook, allow_dirty: bool) -> str | None:
         names = ", ".join(run["changed"])
         return f"its {names} is not the {run['scale']} scale's; put the value into book/params and run again"
     if run["provenance"]["dirty"] is not False and not allow_dirty:
-        return "its code is not a commit; commit and run again, or allow it"
+        return "its code is not a commit; commit and run again"
+    if len(run["provenance"]["libraries"]) > 1 and not allow_dirty:
+        return "some of its stages were made by other library code; run it anew without --resume"
     if any(output.output_type == "error" for output in outputs):
         return "a cell of its notebook stopped with an error"
     if not any(run["id"] in output.get("text", "") for output in outputs):
@@ -69,9 +73,15 @@ def strip(notebook) -> None:
             if output.output_type == "stream":
                 lasting = re.sub(r"[^\n]*\r(?!\n)[^\n]*\n?", "", output.text)
                 output.text = _without_places(lasting)
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    output.data[kind] = _without_places(value)
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text]
 
 
 def _without_places(text: str) -> str:
-    return text.replace(f"{paths.project_root()}/", "").replace(str(Path.home()), "~")
+    text = text.replace(f"{paths.runs_dir()}/", "runs/").replace(f"{paths.project_root()}/", "")
+    home = Path.home()
+    # a whole path only: /root is not to be found in /roots, nor inside an encoded picture
+    return re.sub(rf"(?<![\w.]){re.escape(str(home))}(?![\w.-])", "~", text) if home.name else text

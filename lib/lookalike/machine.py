@@ -74,6 +74,6 @@ def _full_scale():
         wanted = [
             e.name for e in manifest.load_manifest().entries.values() if chapter in e.chapters and not e.stand_in_for
         ]
-        missing = [name for name in wanted if manifest.status(name) in ("to download", "by hand")]
+        missing = [name for name in wanted if manifest.status(name) in ("to download", "to install", "by hand")]
         found = ", ".join(f"{name} ({manifest.status(name)})" for name in missing) or "nothing"
         yield f"{chapter}: data and weights not here", found, True

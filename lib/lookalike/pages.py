@@ -78,8 +78,11 @@ def _took(record: dict) -> str:
 def _commit(record: dict) -> str:
     commit, dirty = record["provenance"]["commit"], record["provenance"]["dirty"]
     if commit is None:
-        return "code outside version control"
-    return f"the code of commit `{commit[:10]}`" + (" and changes that were not committed" if dirty else "")
+        text = "code outside version control"
+    else:
+        text = f"the code of commit `{commit[:10]}`" + (" and changes that were not committed" if dirty else "")
+    mixed = len(record["provenance"]["libraries"]) > 1
+    return text + (" and stages made by other library code" if mixed else "")
 
 
 def _data_lines(record: dict) -> list[str]:
@@ -100,6 +103,7 @@ _ORIGINS = {
     "real": "real images",
     "embedded": "real images from an installed package",
     "phantom": "images made by a program",
+    "synthetic": "images made by somebody's generator",
 }
 
 

@@ -43,20 +43,22 @@ def provenance() -> dict:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """The commit, and whether anything but runs and kept results differs from it; None, None outside git."""
+    """The commit, and whether anything but runs and kept results differs from it; None for what git cannot say."""
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     if commit is None:
         return None, None
     written = [":(exclude)book/results", ":(exclude)runs"]
-    if paths.runs_dir().is_relative_to(root):
-        written.append(f":(exclude){paths.runs_dir().relative_to(root)}")
-    return commit, bool(_git(root, "status", "--porcelain", "--", ".", *written))
+    runs = paths.runs_dir()
+    if runs.is_relative_to(root) and runs != root:
+        written.append(f":(exclude){runs.relative_to(root)}")
+    found = _git(root, "status", "--porcelain", "--untracked-files=all", "--", ".", *written)
+    return commit, None if found is None else bool(found)
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -65,14 +65,19 @@ class Stage:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over function, settings, seed, and the fingerprints of the stages it reads."""
+        """Sixteen hex digits over function, settings, seed, and the fingerprints of the stages it reads.
+
+        Paths below the run's folder count from there: a run that was moved is the same run.
+        """
         call = [self.function.__module__, self.function.__qualname__, self.kwargs, self.seed]
         text = json.dumps(call, sort_keys=True, default=os.fspath, ensure_ascii=False)
-        root = f"{self.run_folder / 'stages'}/"
-        used = [Path(root, found, "stage.json") for found in re.findall(re.escape(root) + '([^"]+)"', text)]
-        markers = [folder / "stage.json" for path in used for folder in path.parents if folder > Path(root)]
+        here = re.escape(json.dumps(str(self.run_folder), ensure_ascii=False)[:-1])  # as it stands in the text
+        text = re.sub(here + '(?=[/"])', '"<run>', text)
+        root = self.run_folder / "stages"
+        used = [Path(root, found, "stage.json") for found in re.findall('"<run>/stages/([^"]+)"', text)]
+        markers = [folder / "stage.json" for path in used for folder in path.parents if folder > root]
         before = [read_json(marker)["fingerprint"] for marker in markers if marker.exists()]
-        return hashlib.sha256(json.dumps([text.replace(root, ""), before]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([text, before]).encode()).hexdigest()[:16]
 
     def finished(self) -> dict | None:
         """The stored {fingerprint, result, seconds, libraries} if these settings have been run, else None."""

@@ -10,6 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
 from lookalike import bookio, pages, runner
+from lookalike.data.image_set import ORIGINS
 
 RECORD = {
     "schema": 1,
@@ -140,6 +141,21 @@ def test_the_box_says_when_code_was_not_committed_or_the_run_was_resumed(write_c
     assert "changes that were not committed" in box
     assert "all its stages together 3.0 h" in box
     assert "the numbers say nothing about the paper" in box
+
+
+def test_the_box_says_when_stages_are_of_other_code(write_chapter):
+    write_chapter()
+    origin = RECORD["provenance"] | {"libraries": ["0", "1"]}
+    assert "`c0ffeec0ff` and stages made by other library code." in pages.run_box(
+        "tiny", "small", RECORD | {"provenance": origin}
+    )
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_the_box_has_words_for_every_origin(write_chapter, origin):
+    write_chapter()
+    data = [RECORD["data"][0] | {"origin": origin}]
+    assert "digits, train (" in pages.run_box("tiny", "small", RECORD | {"data": data})
 
 
 # --- through Sphinx ---

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -180,7 +181,7 @@ def test_one_run_has_one_runner(write_chapter):
 
 
 def test_the_kernel_dies_with_a_killed_runner(write_chapter, tmp_path):
-    write_chapter(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    write_chapter(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
     killed = subprocess.Popen([sys.executable, "-c", RUN_TINY], stderr=subprocess.DEVNULL)
     try:
         kernel = int(wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
@@ -190,7 +191,7 @@ def test_the_kernel_dies_with_a_killed_runner(write_chapter, tmp_path):
     wait_for(lambda: not alive(kernel))
 
 
-def wait_for(condition, seconds=40):
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -231,3 +232,23 @@ def test_plain_papermill_takes_the_scales_file(write_chapter, tmp_path):
     assert record["finished"]
     assert record["changed"] == {}
     assert record["parameters"]["epochs"] == 30
+
+
+def test_the_small_run_for_the_pages_is_whole_and_shows_no_place(write_chapter, tmp_path):
+    """What make book does with each chapter: conftest.py hands it to nbmake."""
+    chapter = write_chapter(
+        "from lookalike.results import start_run\nrun = start_run('tiny', globals())",
+        "import os\nprint(os.environ['LOOKALIKE_RESUME'], run.folder)",
+        "run.folder",
+        "run.save()",
+    )
+    command = [sys.executable, "-m", "pytest", "--nbmake", "-q", "-p", "conftest", "-c", "pyproject.toml", chapter]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"LOOKALIKE_RESUME": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    notebook = paths.small_notebook("tiny")
+    assert "0 runs/tiny/small\n" in stream_text(notebook)
+    assert str(tmp_path) not in notebook.read_text()
+    record = json.loads(notebook.with_suffix(".json").read_text())
+    assert record["finished"]
+    assert record["resumed"] is False

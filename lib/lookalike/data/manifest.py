@@ -2,8 +2,9 @@
 it.
 
 A file is looked for in the cache, then in the mirror (a folder named by LOOKALIKE_MIRROR, read in place),
-then at its URL. Whatever the way, its checksum is compared before anybody reads it. A match is remembered in
-a stamp (size and time of last change), so the next look costs a stat; `verify` always reads everything.
+then at its URL. A checksum stands in the manifest where one is published; a file that has one is never read
+before it agrees, whatever the way it came. A match is remembered in a stamp (size and time of last change), so
+the next look costs a stat; `verify` always reads everything.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -134,10 +136,12 @@ def fetch_file(name: str, path: str, manifest: Manifest | None = None) -> Path:
 
 
 def status(name: str, manifest: Manifest | None = None) -> str:
-    """Where an entry's files are, without reading them: "cached", "in mirror", "to download" or "by hand"."""
+    """Where an entry's files are, without reading them: "cached", "in mirror", "to download", "to install" (a
+    package) or "by hand".
+    """
     entry = (manifest or load_manifest()).entry(name)
     places = [_place(file) for file in entry.files]
-    for place in ("by hand", "to download", "in mirror"):
+    for place in ("by hand", "to install", "to download", "in mirror"):
         if place in places:
             return place
     return "cached"
@@ -297,7 +301,7 @@ def _local(file):
 def _place(file):
     local = _local(file)
     if local is None:
-        return "to download" if file.how == "url" else "by hand"
+        return {"url": "to download", "pypi": "to install", "by hand": "by hand"}[file.how]
     mirror = mirror_dir()
     return "in mirror" if mirror and local.is_relative_to(mirror) else "cached"
 
@@ -375,8 +379,10 @@ def _download(entry, file):
     target = cache_dir() / file.path
     part = target.with_name(target.name + ".part")
     with _one_download_at_a_time():
-        if target.exists():  # another process was faster
+        if target.is_file():  # another process was faster
             return _fetch(entry, file)
+        if target.exists():
+            raise DataError(f"{target} is a folder where a file belongs: remove it and fetch {entry.name} again.")
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             _receive(entry, file, part)
@@ -398,7 +404,11 @@ def _download(entry, file):
 def _one_download_at_a_time():
     cache_dir().mkdir(parents=True, exist_ok=True)
     with open(cache_dir() / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Waiting for the download of another process to end.", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
