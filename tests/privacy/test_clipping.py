@@ -11,7 +11,7 @@ from lookalike.models.gan import Discriminator, discriminator_loss
 from lookalike.models.vae import ConditionalVAE, vae_loss
 from lookalike.privacy.clipping import best_method, clipped_sum, unknown_layers
 
-METHODS = ["bookkeeping", "hooks", "vmap"]
+METHODS = ["bookkeeping", "hooks", "vmap"]  # ghost clipping takes one row an image; it has tests of its own
 
 
 def loop(model, loss, batch, max_grad_norm):
@@ -169,13 +169,138 @@ def test_hooks_refuse_swin_with_a_sentence():
 
 
 def test_what_book_keeping_does_not_know_is_named():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
     assert unknown_layers(model) == ["1"]
+    assert best_method(model) == "vmap"
     with pytest.raises(ValueError, match="does not know the layer 1"):
         clipped_sum(model, squared, (torch.randn(2, 4),), 1.0, "bookkeeping")
+
+
+def test_a_layer_may_be_used_twice():
+    """Shared weights, and a discriminator that is called once for real and once for made images."""
+    torch.manual_seed(0)
     shared = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="used twice"):
-        clipped_sum(nn.Sequential(shared, shared), squared, (torch.randn(2, 4),), 1.0, "bookkeeping")
+    assert_equal_to_loop(nn.Sequential(shared, nn.Tanh(), shared), squared, (torch.randn(3, 4),), "bookkeeping", 0.4)
+    two_calls = lambda m, x, y: squared(m, x) - squared(m, y).sin()  # noqa: E731
+    images = torch.randn(3, 2, 5, 5), torch.randn(3, 2, 5, 5)
+    assert_equal_to_loop(nn.Conv2d(2, 3, 3), two_calls, images, "bookkeeping", 0.4)
+    other_shape = lambda m, x: squared(m, x) + squared(m, x[:, :, :4])  # noqa: E731
+    with pytest.raises(ValueError, match="different shapes"):
+        clipped_sum(nn.Conv2d(2, 3, 3), other_shape, images[:1], 1.0, "bookkeeping")
+
+
+class OverwritesItsInput(nn.Module):
+    """An activation in place on what the layer before was given: its weights' gradients would be wrong."""
+
+    def __init__(self, detour):
+        super().__init__()
+        self.before, self.layer, self.detour = nn.Linear(4, 4), nn.Linear(4, 4), detour
+
+    def forward(self, x):
+        hidden = self.before(x)
+        middle = hidden.sin() if self.detour else hidden
+        out = self.layer(middle)
+        middle.mul_(2)
+        return out
+
+
+@pytest.mark.parametrize("detour", [False, True])
+def test_book_keeping_refuses_inputs_that_are_overwritten(detour):
+    with pytest.raises(ValueError, match="changed in place"):
+        clipped_sum(OverwritesItsInput(detour), squared, (torch.randn(3, 4),), 1.0, "bookkeeping")
+
+
+# ---- layers and subjects, over random shapes ------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """An embedding of several indices a record, a layer norm over positions and an instance norm over images."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.table = nn.Embedding(4, 6, padding_idx=0 if padding else None)
+        self.normal = nn.LayerNorm((3, 6))
+        self.instance = nn.InstanceNorm2d(2, affine=True)
+        for layer in (self.normal, self.instance):
+            nn.init.normal_(layer.weight)
+
+    def forward(self, index, images):
+        return self.normal(self.table(index)).flatten(1).sin().sum(1) + self.instance(images).flatten(1).cos().sum(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.booleans(), st.integers(0, 99))
+def test_embeddings_and_other_norms_equal_the_loop(records, padding, seed):
+    torch.manual_seed(seed)
+    batch = torch.randint(4, (records, 3)), torch.randn(records, 2, 3, 3).double()
+    assert_equal_to_loop(Words(padding).double(), lambda m, *b: m(*b), batch, "bookkeeping", 0.7, tolerance=1e-9)
+
+
+def loop_over_subjects(model, loss, batch, owners, max_grad_norm):
+    """The definition: a subject's images in one batch of their own, their gradients summed, the sum clipped once."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    total, norms = [torch.zeros_like(p) for p in weights], []
+    for subject in range(int(owners.max()) + 1):
+        images = (owners == subject).nonzero().flatten()
+        gradient = torch.autograd.grad(loss(model, *(t[images] for t in batch)).sum(), weights)
+        norms.append(torch.cat([g.flatten() for g in gradient]).double().norm())
+        for sum_, g in zip(total, gradient):
+            sum_ += g * float(min(1.0, max_grad_norm / norms[-1]))
+    return dict(zip(weights, total)), torch.stack(norms)
+
+
+def draw_owners(sizes):
+    """Shuffled owners of so many images each, numbered from 0."""
+    owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return owners[torch.randperm(len(owners))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["vae", "discriminator", "ddpm"])
+@settings(max_examples=5, deadline=None)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_subjects_equal_a_loop_over_subjects(name, method, sizes, seed):
+    torch.manual_seed(seed)
+    owners = draw_owners(sizes)
+    images, labels = torch.rand(len(owners), 1, 28, 28) * 2 - 1, torch.randint(4, (len(owners),))
+    model, loss, batch = family(name, images, labels)
+    model, batch = model.double(), tuple(t.double() if t.is_floating_point() else t for t in batch)
+    ours, losses, norms = clipped_sum(model, loss, batch, 0.5, method, owners)
+    expected, expected_norms = loop_over_subjects(model, loss, batch, owners, 0.5)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=1e-9)
+    scale = torch.cat([g.flatten() for g in expected.values()]).norm()
+    assert all((ours[p] - gradient).norm() <= 1e-6 * scale for p, gradient in expected.items())
+    assert losses.shape == (len(owners),)
+
+
+def test_each_image_its_own_subject_is_the_image_level(tiny_images):
+    model, loss, batch = family("discriminator", *tiny_images)
+    n = len(batch[0])
+    as_images, _, norms = clipped_sum(model, loss, batch, 0.5)
+    as_subjects, _, same = clipped_sum(model, loss, batch, 0.5, owners=torch.arange(n))
+    torch.testing.assert_close(norms, same)
+    assert all(torch.allclose(as_images[p], as_subjects[p], atol=1e-6) for p in as_images)
+
+
+def test_owners_that_do_not_number_the_records_are_refused(tiny_images):
+    model, loss, batch = family("vae", *tiny_images)
+    n = len(batch[0])
+    for wrong in (torch.zeros(n - 1).long(), torch.full((n,), 1)):
+        with pytest.raises(ValueError, match="counted from 0"):
+            clipped_sum(model, loss, batch, 1.0, owners=wrong)
+
+
+def test_ghost_clipping_equals_the_loop_and_refuses_what_it_cannot_do(tiny_images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1))
+    images = torch.randn(5, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    assert_equal_to_loop(model, squared, (images,), "ghost", 0.5)
+    assert not any(hasattr(p, "_norm_sample") or p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match="subjects"):
+        clipped_sum(model, squared, (images,), 1.0, "ghost", torch.arange(5))
+    discriminator, loss, batch = family("discriminator", *tiny_images)
+    with pytest.raises(ValueError, match="several rows an image"):
+        clipped_sum(discriminator, loss, batch, 1.0, "ghost")
 
 
 @pytest.mark.parametrize("method", METHODS)
