@@ -1,6 +1,7 @@
 """The training loops: they learn, resume to the same bits, spend what they say and read nothing that they must not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from lookalike.models.ddpm import ConditionalDDPM
 from lookalike.models.gan import Discriminator, Generator
 from lookalike.models.vae import ConditionalVAE
-from lookalike.privacy.dpsgd import Privacy
+from lookalike.privacy import randomness
+from lookalike.privacy.dpsgd import Privacy, PrivateTraining
 from lookalike.training import adversarial
 from lookalike.training.adversarial import Schedule, train_gan
 from lookalike.training.checkpoint import Checkpoint
@@ -76,6 +78,37 @@ def test_a_private_run_spends_every_step(family, tiny_images):
     _, report = train(family, tiny_images, 3, PRIVACY)
     assert report["steps"] == 3 * 2  # ceil(8 / 4) an epoch
     assert report["epsilon"] == pytest.approx(PRIVACY.epsilon(6))
+    assert report["privacy"]["mode"] == "study"
+    assert report["private_outputs"] == ["loss"]
+    assert train(family, tiny_images, 1)[1]["private_outputs"] == []
+
+
+def test_a_loop_whose_batch_size_contradicts_the_rate_is_refused(tiny_images):
+    rare = Privacy(noise_multiplier=1.0, sample_rate=0.1, expected_batch_size=0.8, delta=0.05)
+    for family in TRAIN:
+        with pytest.raises(ValueError, match=r"batch size of 4 contradicts sample_rate 0\.1 of 8"):
+            train(family, tiny_images, 1, rare)
+
+
+@pytest.mark.parametrize("family", TRAIN)
+def test_subjects_are_drawn_whole(family, tiny_images, monkeypatch):
+    """Two images a subject: what is drawn comes in pairs, and epsilon speaks of four records."""
+    subjects, drawn = ["a", "b", "a", "b", "c", "c", "d", "d"], []
+    draw = PrivateTraining._draw
+    monkeypatch.setattr(PrivateTraining, "_draw", lambda self: drawn.append(draw(self)) or drawn[-1])
+    private = replace(PRIVACY, records="subjects", expected_batch_size=2)
+    _, report = train(family, tiny_images, 4, private, subjects=subjects)
+    pairs = {0: 2, 1: 3, 4: 5, 6: 7}
+    assert all({pairs[i] for i in rows.tolist() if i in pairs} == set(rows.tolist()) - set(pairs) for rows in drawn)
+    assert report["privacy"]["records"] == "subjects"
+
+
+def test_release_mode_reads_no_seed_and_stores_none(tiny_images, tmp_path):
+    """Twice the same seed, two different models; the checkpoint's generator has not moved."""
+    runs = [train("vae", tiny_images, 1, PRIVACY.released(), Checkpoint(tmp_path / name))[0] for name in "ab"]
+    assert not torch.equal(*runs)
+    stored = Checkpoint(tmp_path / "a")._read()[0]["generators/batches"]
+    assert torch.equal(stored, torch.Generator().manual_seed(5).get_state())
 
 
 def test_delta_must_fit_the_number_of_images(tiny_images):
@@ -91,12 +124,12 @@ def test_without_privacy_every_image_is_seen_once_an_epoch():
     assert sorted(torch.cat(rows).tolist()) == list(range(10))
 
 
-def test_no_image_ever_sampled_still_trains(tiny_images):
+def test_no_image_ever_sampled_still_trains(tiny_images, monkeypatch):
     """Poisson batches may be empty; each is a step of noise, in every loop."""
-    rare = Privacy(noise_multiplier=1.0, sample_rate=1e-9, expected_batch_size=4, delta=0.05)
+    monkeypatch.setattr(randomness.Seeded, "chosen", lambda self, n, rate: torch.zeros(n, dtype=torch.bool))
     for family in TRAIN:
         before = torch.cat([w.detach().flatten() for net in nets(family) for w in net.parameters()])
-        after, report = train(family, tiny_images, 2, rare)
+        after, report = train(family, tiny_images, 2, PRIVACY)
         assert report["loss"] == [None, None]
         assert report["steps"] == 4
         assert (after - before).abs().max() > 1e-4

@@ -11,8 +11,7 @@ import math
 import torch
 
 from lookalike.models.gan import discriminator_loss, generator_loss, gradient_penalty
-from lookalike.privacy.dpsgd import PrivateStep, check_delta
-from lookalike.training.likelihood import batches, due, keep, mean_loss, report, resume
+from lookalike.training.likelihood import batches, due, keep, mean_loss, report, resume, start_private
 
 BETAS = (0.5, 0.999)
 FIRST_STEPS, LONGEST_WAIT, BAND = 6, 50, 0.6  # the authors' scheduler
@@ -20,7 +19,7 @@ FIRST_STEPS, LONGEST_WAIT, BAND = 6, 50, 0.6  # the authors' scheduler
 
 def train_gan(
     generator_net, discriminator, images, labels, *, epochs, lr=1e-4, batch_size=64, penalty=1.0,
-    privacy=None, generator_every=10, as_published=False, generator=None, checkpoint=None,
+    privacy=None, subjects=None, generator_every=10, as_published=False, generator=None, checkpoint=None,
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes the discriminator's steps DP-SGD.
 
@@ -33,9 +32,7 @@ def train_gan(
     generator = generator or torch.Generator().manual_seed(0)
     modules = {"generator": generator_net, "discriminator": discriminator}
     adam = {name: torch.optim.Adam(net.parameters(), lr, BETAS, fused=True) for name, net in modules.items()}
-    if privacy:
-        check_delta(privacy.delta, len(images))
-    private = PrivateStep(discriminator, adam["discriminator"], privacy, generator) if privacy else None
+    private = start_private(discriminator, adam["discriminator"], privacy, images, subjects, generator, batch_size)
     leaky = as_published or not privacy  # made labels and batch sizes come from the real batch
     schedule = Schedule(0.0 if privacy else math.log(2), every=0 if leaky else generator_every)
     state = resume(checkpoint, modules, adam, {"batches": generator}, private)
@@ -48,13 +45,13 @@ def train_gan(
 
     for epoch in range(state["epoch"], epochs):
         losses = []
-        for rows in batches(len(images), batch_size, privacy, generator):
+        for rows in batches(len(images), batch_size, private, generator):
             real_labels, fake_labels = labels[rows], made_labels(labels[rows], len(rows))
             with torch.no_grad():
                 fake = generator_net(generator_net.noise(len(rows), generator), fake_labels)
             batch = (images[rows], fake, real_labels, fake_labels)
             if private:
-                losses.append(private(discriminator_loss, *batch))
+                losses.append(private.step(discriminator_loss, *batch))
             else:
                 losses.append(_discriminator_step(discriminator, adam["discriminator"], batch, penalty, generator))
             if schedule.says_go(losses[-1]):
@@ -67,7 +64,7 @@ def train_gan(
         if due(epoch + 1, epochs):
             keep(checkpoint, modules, adam, {"batches": generator}, private, state | {"schedule": schedule.__dict__})
     found = report(state, private)
-    return found | {"epsilon": None} if as_published else found  # its generator is not covered by any epsilon
+    return found | {"epsilon": None, "privacy": None} if as_published else found  # no epsilon covers its generator
 
 
 class Schedule:

@@ -11,7 +11,7 @@ import torch
 
 from lookalike.models.ddpm import ddpm_loss, draw_diffusion
 from lookalike.models.vae import vae_loss
-from lookalike.privacy.dpsgd import PrivateStep, check_delta, poisson_batch
+from lookalike.privacy.dpsgd import PrivateTraining, check_batch_size
 
 WARM_UP = 10  # epochs until beta reaches 1; in the code, not in the paper (sheet D17)
 CHECKPOINTS = 20  # per training: often enough to lose little, seldom enough to cost nothing
@@ -29,27 +29,29 @@ def train_ddpm(model, images, labels, **settings):
 
 def train(
     model, images, labels, step_loss, *, epochs, lr=1e-4, batch_size=64, decay=False,
-    privacy=None, generator=None, checkpoint=None,
+    privacy=None, subjects=None, generator=None, checkpoint=None,
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes it DP-SGD on every weight.
 
     An epoch is ceil(N / batch_size) steps. `generator` (CPU) draws batches, `generator` and torch's global one the
-    rest. `checkpoint` resumes to the same final weights after a kill. Returns {"loss": mean per epoch, "steps",
-    "epsilon"}: the losses of a private run look at the data without noise; epsilon does not cover their publication.
+    rest. `subjects` (N,) says whose each image is, for a privacy whose records are subjects. `checkpoint` resumes to
+    the same final weights after a kill. Returns {"loss": mean per epoch, "steps", "epsilon", "privacy": what
+    `PrivateTraining.report` says or None, "private_outputs"}: the entries named in private_outputs read the data
+    without noise; epsilon does not cover their publication.
     """
     generator = generator or torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    private = _private(model, optimizer, privacy, generator, len(images))
+    private = start_private(model, optimizer, privacy, images, subjects, generator, batch_size)
     state = resume(checkpoint, {"model": model}, {"adam": optimizer}, {"batches": generator}, private)
     model.train()
     for epoch in range(state["epoch"], epochs):
         if decay and not private:
             optimizer.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
         losses = []
-        for rows in batches(len(images), batch_size, privacy, generator):
+        for rows in batches(len(images), batch_size, private, generator):
             loss, drawn = step_loss(model, images[rows], epoch, generator)
             batch = (images[rows], labels[rows], *drawn)
-            losses.append(private(loss, *batch) if private else _plain_step(model, optimizer, loss, batch))
+            losses.append(private.step(loss, *batch) if private else _plain_step(model, optimizer, loss, batch))
         state["loss"].append(mean_loss(losses))
         state["epoch"] = epoch + 1
         if due(epoch + 1, epochs):
@@ -57,12 +59,19 @@ def train(
     return report(state, private)
 
 
-def batches(n, batch_size, privacy, generator):
-    """Row indices for one epoch of ceil(n / batch_size) steps: shuffled, or Poisson samples under `privacy`."""
+def start_private(model, optimizer, privacy, images, subjects, generator, batch_size):
+    """The private training of a loop whose epochs are ceil(N / batch_size) steps; None without `privacy`."""
+    if privacy is None:
+        return None
+    private = PrivateTraining(model, optimizer, privacy, images, subjects, generator)
+    check_batch_size(batch_size, privacy.sample_rate, len(images))
+    return private
+
+
+def batches(n, batch_size, private, generator):
+    """Row indices for one epoch of ceil(n / batch_size) steps: shuffled, or drawn by the private training."""
     steps = -(-n // batch_size)
-    if privacy:
-        return [poisson_batch(n, privacy.sample_rate, generator) for _ in range(steps)]
-    return torch.randperm(n, generator=generator).split(batch_size)
+    return private.batches(steps) if private else torch.randperm(n, generator=generator).split(batch_size)
 
 
 def mean_loss(losses):
@@ -94,19 +103,18 @@ def keep(checkpoint, modules, optimizers, generators, private, state):
 
 
 def report(state, private):
-    """What every loop returns: the loss per epoch, private steps and their accounted epsilon (None without privacy)."""
+    """What every loop returns: the loss per epoch, private steps and their accounted epsilon (None without privacy).
+
+    Beside them what the private training says of itself, and which entries are private outputs.
+    """
     history = {k: v for k, v in state.items() if k not in ("epoch", "private_steps")}
+    spent = private.report() if private else None
     return history | {
         "steps": private.steps if private else 0,
-        "epsilon": private.epsilon() if private else None,
+        "epsilon": spent["epsilon"] if private else None,
+        "privacy": spent,
+        "private_outputs": ["loss"] if private else [],
     }
-
-
-def _private(model, optimizer, privacy, generator, n):
-    if privacy is None:
-        return None
-    check_delta(privacy.delta, n)
-    return PrivateStep(model, optimizer, privacy, generator)
 
 
 def _plain_step(model, optimizer, loss, batch):
