@@ -62,7 +62,8 @@ def test_an_empty_batch_is_a_step_of_noise_alone():
 @settings(max_examples=15, deadline=None)
 @given(
     sigma=st.floats(0.05, 30), norm=st.floats(0.01, 50), batch=st.floats(3.1, 11),
-    records=st.sampled_from(["images", "subjects"]), mode=st.sampled_from(["study", "release"]), seed=st.integers(0, 99),
+    records=st.sampled_from(["images", "subjects"]), mode=st.sampled_from(["study", "release"]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_noise_has_the_stated_deviation_whatever_the_settings(sigma, norm, batch, records, mode, seed):
     """40,200 numbers: the standard error of their deviation is 0.35 %."""
