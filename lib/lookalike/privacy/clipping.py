@@ -3,7 +3,7 @@
 Book-keeping follows Bu et al. 2023, "Differentially Private Optimization on Large Model at Small Cost" (arXiv
 2210.00038): one backward pass that stops at every layer's output, the norm of each record's gradient from what the
 layer saw, then one clipped weight-gradient pass. Gradients per record exist for one layer at a time, where that is
-cheaper than going without, and are gone when its norm is known.
+cheaper than going without; small ones are kept for the sum, large ones gone when their norm is known.
 
 A loss is `loss(model, *batch)`, one number per image (N,); every tensor of the batch has the images first. A network
 may see a multiple of N rows (a discriminator sees each record's real and made image): row j belongs to image j mod N.
@@ -19,6 +19,8 @@ from torch.func import functional_call, grad_and_value, vmap
 METHODS = ("bookkeeping", "hooks", "ghost", "vmap")
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
+AT_ONCE = 4_000_000  # numbers per instantiation: larger blocks are mapped anew by the allocator, at a cost of their own
+KEPT = 32_000_000  # numbers of a layer's gradients that are kept rather than computed again
 OVERWRITTEN = "What a layer was given or gave is changed in place afterwards; build the model without in-place layers."
 
 
@@ -107,12 +109,11 @@ def _bookkeeping(model, loss, batch, max_grad_norm, records):
     layers = [layer for layer in model.modules() if _trains(layer)]
     losses, seen = _forward_backward(model, layers, loss, batch)
     squared = torch.zeros(records.count, dtype=torch.float64, device=losses.device)
-    for layer in layers:
-        _add_squared_norms(squared, layer, *seen[layer], records)
+    kept = {layer: _add_squared_norms(squared, layer, *seen[layer], records) for layer in layers}
     factors = clip_factors(squared.sqrt(), max_grad_norm).to(losses.dtype)
     gradients = {}
     for layer in layers:
-        gradients |= _weighted_gradient(layer, *seen.pop(layer), factors, records)
+        gradients |= _weighted_gradient(layer, *seen.pop(layer), factors, records, kept.pop(layer))
     return gradients, losses, squared.sqrt()
 
 
@@ -130,7 +131,7 @@ def _forward_backward(model, layers, loss, batch):
         output.register_hook(lambda slope: slopes.__setitem__(use, slope.detach()))
 
     handles = [layer.register_forward_hook(remember) for layer in layers]
-    handles.append(model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))))
+    handles.append(model.register_forward_pre_hook(lambda _, args: rows.extend(len(a) for a in args[:1])))
     try:
         with _frozen(layers):  # no weight gradients in the backward pass: they come clipped, once, afterwards
             losses = loss(model, *batch)
@@ -172,27 +173,37 @@ def _frozen(layers):
 
 
 def _add_squared_norms(squared, layer, x, slope, records):
-    """Adds the squared norm of each record's gradient in this layer to `squared` (R,)."""
+    """Adds the squared norm of each record's gradient in this layer to `squared` (R,).
+
+    Gives what was instantiated of the weight's gradients on the way, if it is small: pairs (records, gradients).
+    """
     if isinstance(layer, NORMS):
         for rows in _norm_gradients(layer, x, slope):
             squared += records.sum(rows).square().sum(1)
-        return
+        return None
+    kept, few = [], records.count * layer.weight.numel() <= KEPT
     for which, (inputs, slopes) in records.blocks(x, slope):
-        squared[which] += _weight_norms(layer, inputs, slopes)
+        norms, gradients = _weight_norms(layer, inputs, slopes, few)
+        squared[which] += norms
+        kept.append((which, gradients))
     if getattr(layer, "bias", None) is not None:
         squared += records.sum(_over_positions(layer, slope)).square().sum(1)
+    return kept if all(gradients is not None for _, gradients in kept) else None
 
 
-def _weight_norms(layer, x, slope):
-    """Squared norms (R,) of the weight's gradient, from what records saw (R, rows, ...) and their slopes."""
+def _weight_norms(layer, x, slope, keep):
+    """Squared norms (R,) of the weight's gradient, from what records saw (R, rows, ...) and their slopes.
+
+    And the gradients (R, ...) themselves where they were instantiated and `keep` asks for them, else None.
+    """
     if isinstance(layer, CONVOLUTIONS):
-        return _convolution_norms(layer, x, slope)
+        return _convolution_norms(layer, x, slope, keep)
     slope = slope.reshape(len(slope), -1, slope.shape[-1])
     if isinstance(layer, nn.Embedding):
         x = x.reshape(len(x), -1)
         same = (x[:, :, None] == x[:, None, :]) & _counts(layer, x)[:, :, None]
-        return ((slope @ slope.mT) * same).sum((1, 2))
-    return _ghost_norms(x.reshape(len(x), -1, x.shape[-1]), slope)
+        return ((slope @ slope.mT) * same).sum((1, 2)), None
+    return _ghost_norms(x.reshape(len(x), -1, x.shape[-1]), slope), None
 
 
 def _ghost_norms(x, slope):
@@ -200,8 +211,8 @@ def _ghost_norms(x, slope):
     return ((x @ x.mT) * (slope @ slope.mT)).sum((1, 2))
 
 
-def _convolution_norms(layer, x, slope):
-    """By the cheaper of two exact ways: T positions, p inputs per position, o outputs."""
+def _convolution_norms(layer, x, slope, keep):
+    """By the cheaper of two exact ways: T positions, p inputs per position, o outputs. See `_weight_norms`."""
     if isinstance(layer, nn.ConvTranspose2d):  # its weight gradient is that of the convolution it transposes
         x, slope = slope, x
     rows, positions = x.shape[1], slope[0, 0, 0].numel()
@@ -209,9 +220,13 @@ def _convolution_norms(layer, x, slope):
     if rows * positions * (p + o) < p * o:
         geometry = layer.kernel_size, layer.dilation, layer.padding, layer.stride
         patches = nn.functional.unfold(x.flatten(0, 1), *geometry).mT.unflatten(0, (-1, rows))
-        return _ghost_norms(patches.flatten(1, 2), slope.flatten(3).mT.flatten(1, 2))
-    gradients = vmap(lambda a, g: _convolution_weight(layer, a, g))(x, slope)
-    return gradients.flatten(1).square().sum(1)
+        return _ghost_norms(patches.flatten(1, 2), slope.flatten(3).mT.flatten(1, 2)), None
+    norms, kept, some = [], [], max(1, AT_ONCE // layer.weight.numel())
+    for inputs, slopes in zip(x.split(some), slope.split(some)):
+        gradients = vmap(lambda a, g: _convolution_weight(layer, a, g))(inputs, slopes)
+        norms.append(gradients.flatten(1).square().sum(1))
+        kept += [gradients] if keep else []
+    return torch.cat(norms), torch.cat(kept) if keep else None
 
 
 def _convolution_weight(layer, x, slope):
@@ -220,13 +235,16 @@ def _convolution_weight(layer, x, slope):
     return nn.grad.conv2d_weight(x, shape, slope, layer.stride, layer.padding, layer.dilation)
 
 
-def _weighted_gradient(layer, x, slope, factors, records):
+def _weighted_gradient(layer, x, slope, factors, records, kept):
     """Per trainable parameter the sum over rows of their record's factor x gradient."""
     slope = slope * records.of_rows(factors, len(slope)).view(-1, *[1] * (slope.dim() - 1))
     if isinstance(layer, NORMS):
         weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         return {w: rows.sum(0).view_as(w) for w, rows in zip(weights, _norm_gradients(layer, x, slope))}
-    found = {layer.weight: _summed_weight(layer, x, slope)}
+    if kept is not None:
+        found = {layer.weight: sum(torch.tensordot(factors[which], g, 1) for which, g in kept)}
+    else:
+        found = {layer.weight: _summed_weight(layer, x, slope)}
     if getattr(layer, "bias", None) is not None:
         found[layer.bias] = _over_positions(layer, slope).sum(0)
     return found
@@ -373,7 +391,7 @@ def _vmap(model, loss, batch, max_grad_norm, records):
     fixed = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name not in trained}
 
     def one(weights, *record):
-        network = lambda *args: functional_call(model, weights | fixed, args)  # noqa: E731
+        network = lambda *args, **kwargs: functional_call(model, weights | fixed, args, kwargs)  # noqa: E731
         return loss(network, *(t[None] for t in record)).sum()
 
     weights = {name: p.detach() for name, p in trained.items()}
