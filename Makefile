@@ -5,7 +5,7 @@ PY ?= .venv/bin/python
 CHAPTERS := $(wildcard book/chapters/*.md)
 EXECUTED := $(CHAPTERS:%.md=build/nb/%.ipynb)
 # what a chapter's outputs depend on; the command line and the pages' machinery are not part of it
-SOURCES := $(shell find lib/lookalike -name '*.py' -not -name cli.py -not -name bookio.py -not -name pages.py) data_manifest.yaml
+SOURCES := $(shell find lib/lookalike -name '*.py' -not -name cli.py -not -name bookio.py -not -name pages.py -not -name brackets.py) data_manifest.yaml
 PAGES := $(shell find book CHANGELOG.md -type f -not -path '*/.ipynb_checkpoints/*') $(wildcard lib/lookalike/bookio.py lib/lookalike/pages.py)
 SITE := build/site/_build/html/index.html
 

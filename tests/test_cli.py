@@ -7,7 +7,7 @@ import pytest
 from lookalike import cli, paths, runner
 from lookalike.data import manifest
 
-VERBS = ["list", "run", "compare", "keep", "doctor", "data list", "data fetch", "data verify"]
+VERBS = ["list", "run", "compare", "keep", "audit", "doctor", "data list", "data fetch", "data verify"]
 
 CHAPTER = """\
 ---
@@ -107,6 +107,7 @@ def test_list_shows_what_there_is(lookalike):
         (["keep", "tiny"], "There is no run tiny/medium to keep"),
         (["data", "fetch", "mnits"], "The data manifest has no entry 'mnits'"),
         (["data", "verify", "mnits"], "The data manifest has no entry 'mnits'"),
+        (["audit", "tiny"], "There is no run tiny/small; make it with: lookalike run tiny."),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(lookalike, arguments, sentence):
@@ -117,7 +118,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lookalike, arguments, sentenc
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["data", "fetch"], ["data", "fetch", "mnist", "--all"], ["rum"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["data", "fetch"],
+        ["data", "fetch", "mnist", "--all"],
+        ["rum"],
+        ["audit"],
+        ["audit", "tiny", "--self-test"],
+    ],
+)
 def test_a_command_line_that_makes_no_sense_is_refused(lookalike, arguments):
     code, out, err = lookalike(*arguments)
     assert code == 2
@@ -155,6 +166,16 @@ def test_compare_says_not_run_before_any_run(lookalike):
     code, out, _ = lookalike("compare", "tiny", "--json")
     assert code == 0
     assert [row["verdict"] for row in json.loads(out)] == ["not run"]
+
+
+def test_the_audits_self_test_prints_both_engines(lookalike):
+    code, out, _ = lookalike("audit", "--self-test", "--json")
+    found = json.loads(out)
+    assert code == 0  # it is the library's own engine that decides
+    assert found.keys() == {"stock", "ours"}
+    assert all(values.keys() == {"accounted", "lower"} for values in found.values())
+    assert found["stock"]["lower"] > found["stock"]["accounted"]
+    assert found["ours"]["lower"] <= found["ours"]["accounted"]
 
 
 def test_data_list_shows_every_entry_with_its_place(lookalike):

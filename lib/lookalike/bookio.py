@@ -3,7 +3,7 @@
 Sphinx asks `read` for every Markdown page (nb_custom_formats in book/_config.yml). A recorded run is an
 executed notebook with its record, a JSON file of the same name, beside it: book/results/<chapter>/full, then
 medium, then this build's small run. The first whose code equals the page's lends its outputs, so the text may
-change freely while the outputs stay. {scorecard}, {run-status} and {data-sets} make their tables anew.
+change freely while the outputs stay. {scorecard}, {run-status}, {data-sets} and {brackets} make their tables anew.
 """
 
 import ast
@@ -130,6 +130,13 @@ class DataSets(_Generated):
     text = staticmethod(pages.data_sets)
 
 
+class Brackets(_Generated):
+    text = staticmethod(pages.brackets)
+
+
+DIRECTIVES = {"scorecard": Scorecard, "run-status": RunStatus, "data-sets": DataSets, "brackets": Brackets}
+
+
 def _outdated(app, env, added, changed, removed) -> list[str]:
     """Pages to read again although their text is the same: generated ones, and those whose runs changed."""
     before = getattr(env, "lookalike_runs", {})
@@ -146,7 +153,7 @@ def _fingerprint(chapter: str) -> list[tuple[str, int]]:
 
 def setup(app) -> dict:
     """Called by Sphinx."""
-    for name, directive in (("scorecard", Scorecard), ("run-status", RunStatus), ("data-sets", DataSets)):
+    for name, directive in DIRECTIVES.items():
         app.add_directive(name, directive)
     app.connect("env-get-outdated", _outdated)
     return {"parallel_read_safe": True, "env_version": 1}

@@ -90,6 +90,42 @@ def keep(
     print(json.dumps(files) if as_json else "Kept, to be committed (then: make readme):\n" + "\n".join(files))
 
 
+@app.command()
+def audit(
+    chapter: Annotated[str, typer.Argument(metavar="[CHAPTER]", help="A name from `lookalike list`.")] = "",
+    run_name: Annotated[str, typer.Option("--run", help="The run under runs/CHAPTER/ with the checkpoint.")] = "small",
+    stages: Annotated[list[str], typer.Option("--stage", help="A private training of that run; may be repeated.")] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Private steps to watch, from the checkpoint on.")] = 20,
+    canaries: Annotated[int, typer.Option(help="More canaries see more, and cost more.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of canaries, batches and noise.")] = 0,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Audit stock Opacus and our engine, a step each.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Put the result on the book's page of brackets.")] = False,
+    as_json: AsJson = False,
+):
+    """Accounted epsilon and the audit's lower bound in one row; exit code 1 if ours is contradicted.
+
+    Example: lookalike audit no_free_lunch --run small --stage train/vae/sigma0.4/seed0/full
+    """
+    from lookalike import brackets
+
+    if self_test == bool(chapter):
+        raise typer.BadParameter("Name a chapter, or give --self-test.")
+    if self_test:
+        found = brackets.self_test(seed, keep)
+        rows = [{"engine": engine} | values for engine, values in found.items()]
+        print(json.dumps(found)) if as_json else _show(rows, as_json)
+        contradicted = found["ours"]["lower"] > found["ours"]["accounted"]
+    else:
+        rows = brackets.audit_stages(chapter, run_name, stages, steps, canaries, seed, keep)
+        _show(rows if as_json else brackets.short(rows), as_json)
+        contradicted = any(row["contradiction"] for row in rows)
+    if contradicted:
+        print("Contradiction: the audit's lower bound passes the accounted epsilon.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,70 @@ def _entry_cells(entry) -> list[str]:
     return [what, licence, how, ", ".join(entry.chapters)]
 
 
+def brackets() -> str:
+    """Accounted and audited epsilon of every kept audit; a contradiction is marked for the style sheet's red."""
+    from lookalike import brackets as audits
+
+    header = [
+        "training",
+        "audit",
+        "protects",
+        "steps",
+        "delta",
+        "accounted (upper)",
+        "audited (lower)",
+        "if Gaussian",
+        "verdict",
+    ]
+    kept, parts = audits.kept(), []
+    if test := kept.pop("self-test", None):
+        rows = [_engine_cells(name, test["engines"][name]) for name in ("stock", "ours")]
+        parts += [f"**One step on 31 images, or on 30** ({_audited(test)})", table(header, rows)]
+    for chapter in runner.chapter_names():
+        chosen = {name: found for name, found in kept.items() if name.startswith(f"{chapter}/")}
+        if not chosen:
+            continue
+        one = next(iter(chosen.values()))
+        parts += [f"**{{doc}}`/chapters/{chapter}`** ({_audited(one)})"]
+        parts += [table(header, [_bracket_cells(row, found) for found in chosen.values() for row in found["rows"]])]
+    return "\n\n".join(parts) or "No audit is kept yet."
+
+
+def _audited(document: dict) -> str:
+    return f"audited on {day(document['made'])}, code of commit `{document['provenance']['commit'][:10]}`"
+
+
+def _engine_cells(name: str, found: dict) -> list:
+    title = {"stock": "Opacus 1.6 as it comes", "ours": "this library"}[name]
+    bad = found["lower"] > found["accounted"]
+    audit = "white box, size of the noisy gradient"
+    numbers = [_number(found["accounted"]), _number(found["lower"]), ""]
+    return [title, audit, "images", 1, "1e-05", *numbers, _verdict(bad)]
+
+
+def _bracket_cells(row: dict, document: dict) -> list:
+    run = f"{document['scale']} run" + (", settings changed" if document["changed"] else "")
+    what = f"{row['what']} ({run}, {row['mode']} mode)"
+    numbers = [_number(row["accounted"]), _number(row["lower"]), _number(row["if_gaussian"])]
+    return [
+        what,
+        row["audit"],
+        row["unit"],
+        row["steps"],
+        f"{row['delta']:g}",
+        *numbers,
+        _verdict(row["contradiction"]),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{float(f'{value:.3g}'):,g}"
+
+
+def _verdict(contradiction: bool) -> str:
+    return '<span class="contradiction">contradiction</span>' if contradiction else "no contradiction"
+
+
 # --- the README ---------------------------------------------------------------------------------------------
 
 

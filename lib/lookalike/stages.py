@@ -79,6 +79,12 @@ class Stage:
         before = [read_json(marker)["fingerprint"] for marker in markers if marker.exists()]
         return hashlib.sha256(json.dumps([text, before]).encode()).hexdigest()[:16]
 
+    @property
+    def call(self) -> dict:
+        """What is called, as JSON: an audit of the stage calls its counterpart with the same settings."""
+        settings = json.loads(json.dumps(self.kwargs, default=os.fspath))
+        return {"module": self.function.__module__, "function": self.function.__qualname__, "settings": settings}
+
     def finished(self) -> dict | None:
         """The stored {fingerprint, result, seconds, libraries} if these settings have been run, else None."""
         path = self.folder / "result.json"
@@ -89,7 +95,9 @@ class Stage:
         """Runs the function on what an earlier attempt with these settings left; gives what is stored."""
         with locked(self.lock, f"Stage {self.name} of {self.run_folder.name}"):
             libraries = sorted({*self._prepare(), library_digest()})
-            write_json(self.folder / "stage.json", {"fingerprint": self.fingerprint, "libraries": libraries})
+            write_json(
+                self.folder / "stage.json", {"fingerprint": self.fingerprint, "libraries": libraries} | self.call
+            )
             started = time.monotonic()
             with seeded(f"{self.seed}/{self.name}"):
                 result = self.function(self.folder, **self.kwargs)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import SwinTransformer
 
 from lookalike.data import phantoms
 from lookalike.privacy import randomness
@@ -324,6 +325,33 @@ def test_an_image_set_brings_its_subjects():
     private = training(wide(), views, replace(PRIVACY, records="subjects", expected_batch_size=4))
     assert private.n == 8
     assert private.count == len(set(views.subjects)) == 4
+
+
+def test_window_attention_and_channels_last_come_out_right():
+    """The two silent traps of TOOLCHAIN section 6: both take the step that a loop over single images gives."""
+    swin = SwinTransformer([4, 4], 8, [2], [2], [7, 7], num_classes=2, stochastic_depth_prob=0.0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.zeros(1, 3, 28, 28))
+    images = torch.randn(7, 3, 28, 28).contiguous(memory_format=torch.channels_last)
+    privacy = replace(PRIVACY, noise_multiplier=1e-9)
+    for model, method in ((swin, "vmap"), (net, "bookkeeping")):
+        weights, total = list(model.parameters()), 0
+        for image in images:
+            gradient = torch.autograd.grad(squared(model, image[None]).sum(), weights)
+            gradient = torch.cat([g.flatten() for g in gradient])
+            total = total + gradient * min(1.0, 0.3 / gradient.norm().item())
+        moved, private = update(model, images, privacy)
+        assert private.method == method
+        assert (moved - total / 7).norm() < 1e-3 * (total / 7).norm()
+
+
+def test_tied_weights_are_refused_by_the_self_test_and_right_under_vmap():
+    """Two layers share one weight: the norm of their sum is not the sum of their norms."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(RuntimeError, match="use method='vmap'"):
+        update(model, torch.randn(7, 4))
+    assert update(model, torch.randn(7, 4), method="vmap")[1].steps == 1
 
 
 def test_the_self_test_sees_a_wrong_gradient():

@@ -1,11 +1,14 @@
 """Cells of the grid: the paper's three roles, one public size, samples as they would be released."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from lookalike.data import datasets
 from lookalike.training import cells
+from lookalike.training.checkpoint import CheckpointError
 
 SETTINGS = {
     "data": "digits", "seed": 0, "width": 8, "epochs": 1, "images_per_class": 2, "query_class": 3,
@@ -116,3 +119,26 @@ def test_every_purpose_has_its_own_random_numbers():
     assert torch.equal(first, draw(cells.stream(0, "training")))
     for other in (cells.stream(0, "samples"), cells.stream(1, "training"), torch.Generator().manual_seed(0)):
         assert not torch.equal(first, draw(other))
+
+
+@pytest.mark.parametrize("family", cells.FAMILIES)
+def test_a_private_cell_is_audited_from_its_checkpoint(family, tmp_path):
+    settings = SETTINGS | {"family": family, "sigma": 0.5, "role": "full", "sampler": "dpm++"}
+    cells.train_cell(tmp_path, **settings)
+    white, black = cells.audit_cell(tmp_path, steps=4, canaries=60, **settings)
+    assert white["what"] == f"{family}, sigma 0.5, full, digits"
+    assert 0 < white["lower"] < white["accounted"]
+    assert white["steps"] == 4
+    assert black["steps"] == 2  # one epoch of 20 images in batches of 10: the whole training
+    assert black["counts"]["canaries"] == 40
+    assert "no coin chose" in black["assumption"]
+    again = cells.audit_cell(tmp_path, steps=4, canaries=60, **settings)[0]
+    assert again == white
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="train it first"):
+        cells.audit_cell(tmp_path, steps=4, canaries=60, **settings)
+
+
+def test_a_cell_without_noise_has_nothing_to_audit(tmp_path):
+    with pytest.raises(ValueError, match="without noise"):
+        cells.audit_cell(tmp_path, steps=1, canaries=20, **SETTINGS | {"family": "vae", "sigma": 0.0, "role": "full"})

@@ -5,7 +5,9 @@ a run: they take a folder and plain settings, resume after a kill, and give back
 """
 
 import hashlib
+import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from lookalike.data import datasets
 from lookalike.metrics import distances, pixels, utility
 from lookalike.metrics.features import efficientnet_lite0, features, inception, logits
-from lookalike.models.ddpm import ConditionalDDPM
-from lookalike.models.gan import Discriminator, Generator
-from lookalike.models.vae import ConditionalVAE
+from lookalike.models.ddpm import ConditionalDDPM, ddpm_loss, draw_diffusion
+from lookalike.models.gan import Discriminator, Generator, discriminator_loss
+from lookalike.models.vae import ConditionalVAE, vae_loss
+from lookalike.privacy import audit
 from lookalike.privacy.dpsgd import Privacy
 from lookalike.training.adversarial import train_gan
 from lookalike.training.checkpoint import Checkpoint, load_weights, save_weights
@@ -138,6 +141,65 @@ def load_samples(folder):
     """A trained cell's samples: images uint8 (N, C, S, S) and labels (N,), both numpy."""
     samples = load_file(Path(folder) / "samples.safetensors")
     return samples["images"].numpy(), samples["labels"].numpy()
+
+
+def audit_cell(trained, *, steps, canaries, audit_seed=0, **settings):
+    """Brackets of a cell that `train_cell` trained with `settings` in the folder `trained`, as plain rows.
+
+    White box: the cell's model goes on from its checkpoint for `steps` steps of the same private training, with
+    canaries beside its images. Black box: do its released samples lie nearer to the images it saw than to the next
+    ones of the same classes? There the accounted epsilon is that of the whole training.
+    """
+    known = {name: p.default for name, p in inspect.signature(train_cell).parameters.items()} | settings
+    whole = datasets.load(known["data"], "train")
+    per_class, classes = known["images_per_class"], len(whole.classes)
+    privacy = specify_privacy(known["sigma"], per_class * classes, known["batch_size"])
+    if privacy is None:
+        raise ValueError("This cell was trained without noise: its epsilon is infinite, and there is nothing to audit.")
+    images = select_role(whole, known["role"], per_class, known["query_class"])
+    data = datasets.as_tensor(images), torch.as_tensor(images.labels)
+    torch.manual_seed(audit_seed)
+    model, step_loss = _resumed(Path(trained) / "checkpoint", known, classes, images.images.shape[1])
+    what = f"{known['family']}, sigma {known['sigma']}, {known['role']}, {known['data']}"
+    white = audit.audit_training(
+        what, model, step_loss, privacy, data, steps, canaries, lr=known["lr"], seed=audit_seed
+    )  # fmt: skip
+    rows = [white.row()]
+    if known["role"] == "full":
+        total = known["epochs"] * -(-len(images) // known["batch_size"])
+        rows.append(_audit_released(what, trained, whole, per_class, privacy, total))
+    return rows
+
+
+def _resumed(checkpoint, known, classes, channels):
+    """What is private of a cell as its checkpoint left it, and its loss as the training loop makes it per step."""
+    family, checkpoint = known["family"], Checkpoint(checkpoint)
+    ddpm = {"timesteps": known["timesteps"]} if family == "ddpm" else {}
+    nets = build(family, classes, known["width"], channels, **ddpm)
+    if family != "gan":
+        model = checkpoint.load_module("model", nets["model"])
+        drawn = (lambda images: draw_diffusion(model, images)) if family == "ddpm" else (lambda images: ())
+        loss = {"vae": vae_loss, "ddpm": ddpm_loss}[family]
+        return model, lambda _, images, labels: (loss, (images, labels, *drawn(images)))
+    made = checkpoint.load_module("generator", nets["model"]).requires_grad_(False)
+
+    def step_loss(_, images, labels):
+        wanted = torch.randint(classes, (len(labels),))
+        return discriminator_loss, (images, made(made.noise(len(labels)), wanted), labels, wanted)
+
+    return checkpoint.load_module("discriminator", nets["discriminator"]), step_loss
+
+
+def _audit_released(what, trained, whole, per_class, privacy, steps):
+    """The black-box row: members are the images of the full role, non-members as many that follow them."""
+    rows = [first_of(whole, label, 2 * per_class) for label in range(len(whole.classes))]
+    included = np.arange(2 * per_class) < per_class
+    candidates = whole.images[np.concatenate(rows)]
+    lower = audit.audit_samples(candidates, np.tile(included, len(rows)), load_samples(trained)[0])
+    lower = replace(lower, assumption=f"{lower.assumption} Here no coin chose: members come first in the file.")
+    return audit.bracket(
+        what, privacy, steps, f"black box, {len(candidates)} images near released samples", lower
+    ).row()
 
 
 def measure_cell(folder, *, trained, data, real_per_class, **settings):

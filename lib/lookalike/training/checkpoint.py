@@ -94,6 +94,16 @@ class Checkpoint:
         _restore_global_random_state(stored["random"])
         return stored["state"]
 
+    def load_module(self, name: str, module: nn.Module) -> nn.Module:
+        """Restores one module alone, to look at it or go on from it otherwise; random states stay as they are."""
+        found = self._read()
+        if found is None or name not in found[1]["modules"]:
+            raise CheckpointError(f"{self.folder} holds no {name}; train it first.")
+        weights = _unpack(found[1]["modules"][name], found[0])
+        _check_fit(f"{name} in {self.folder}", weights, module)
+        _plain(module).load_state_dict(weights)
+        return module
+
     def _write(self, tensors: dict[str, torch.Tensor], document: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         current = self._current()
