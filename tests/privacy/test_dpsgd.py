@@ -237,19 +237,32 @@ def linear():
     return nn.Linear(4, 4)
 
 
+class Remembers(nn.Module):
+    """Keeps a mean of its own, as no known layer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += x.detach().mean()
+        return x
+
+
 REFUSED_MODELS = {
     "batch normalisation": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
     "works in place": nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)),
-    "The buffer 0.running_mean takes in the batch": nn.Sequential(
+    "keeps running statistics": nn.Sequential(
         nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(16, 4)
     ),
+    "The buffer 0.seen takes in the batch": nn.Sequential(Remembers(), nn.Flatten(), nn.Linear(16, 4)),
 }
 
 
 @pytest.mark.parametrize("sentence", REFUSED_MODELS)
 def test_models_that_break_the_guarantee_are_refused(sentence):
     model = REFUSED_MODELS[sentence]
-    x = torch.randn(7, 1, 4, 4) if "buffer" in sentence else torch.randn(7, 4)
+    x = torch.randn(7, 1, 4, 4) if isinstance(model[1], nn.Flatten) else torch.randn(7, 4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=sentence):
         update(model, x)
@@ -384,6 +397,85 @@ def test_records_that_are_mixed_are_refused_at_the_first_step(model, loss):
         with pytest.raises(RuntimeError, match="mixes records"):
             private.step(loss, x[rows])
         break
+
+
+MIXTURES = {
+    "of all records": lambda model, x: squared(model, x - x.mean(0)),
+    "of those before": lambda model, x: squared(model, x.cumsum(0)),
+    "of pairs": lambda model, x: squared(model, x + x.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_mixtures_of_records_in_the_loss_are_refused(mixture):
+    private = training(linear(), (x := torch.randn(7, 4)))
+    for rows in private.batches(1):
+        with pytest.raises(RuntimeError, match="mixes records"):
+            private.step(MIXTURES[mixture], x[rows])
+        break
+
+
+def steps_until_refused(model, losses, sizes, monkeypatch):
+    """Steps taken before the engine says that records mix; batches of the given sizes."""
+    x, drawn = torch.randn(7, 4), iter(sizes)
+    monkeypatch.setattr(randomness.Seeded, "chosen", lambda self, n, rate: torch.arange(n) < next(drawn))
+    private = training(model, x)
+
+    def run():
+        for rows, loss in zip(private.batches(len(sizes)), losses):
+            private.step(loss, x[rows])
+
+    with pytest.raises(RuntimeError, match="mixes records"):
+        run()
+    return private.steps
+
+
+def test_a_mixture_that_hides_at_first_is_found_soon(monkeypatch):
+    """In a batch of one record; behind weights that are zero; in a term that is switched on later."""
+    mixed = MIXTURES["of all records"]
+    assert steps_until_refused(linear(), [mixed] * 3, [1, 7, 7], monkeypatch) == 1
+    zero = linear()
+    nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+    assert steps_until_refused(zero, [mixed] * 3, [7, 7, 7], monkeypatch) == 1
+    warm_up = [lambda model, x, t=t: squared(model, x - t * x.mean(0)) for t in (0, 0, 1, 1, 1)]
+    assert steps_until_refused(linear(), warm_up, [7] * 5, monkeypatch) == 3
+
+
+def test_a_frozen_weights_old_gradient_is_not_applied():
+    model, x = nn.Sequential(linear(), nn.Linear(4, 4)), torch.randn(7, 4)
+    private = training(model, x)
+    squared(model, x).sum().backward()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    for rows in private.batches(1):
+        private.step(squared, x[rows])
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_weight_that_joins_the_optimizer_later_is_refused():
+    model, x = linear(), torch.randn(7, 4)
+    private = training(model, x)
+    private.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    for rows in private.batches(1):
+        with pytest.raises(ValueError, match="not the model's"):
+            private.step(squared, x[rows])
+        break
+
+
+def test_draws_cannot_be_thrown_away():
+    """By next, by break, or by swallowing what a step raised."""
+    x = torch.randn(7, 4)
+    private = training(linear(), x)
+    next(iter(private.batches(1)))
+    with pytest.raises(RuntimeError, match="no step taken on it"):
+        next(iter(private.batches(1)))
+    private = training(linear(), x)
+    draws = private.batches(2)
+    rows = next(draws)
+    with pytest.raises(ValueError, match="not finite"):
+        private.step(lambda m, x: squared(m, x) / 0, x[rows])
+    with pytest.raises(RuntimeError, match="no step taken on it"):
+        next(draws)
 
 
 def test_a_record_without_a_finite_gradient_stops_the_step_and_loses_nothing():

@@ -76,7 +76,9 @@ def test_victim_and_ablated_start_from_the_same_weights(tmp_path):
 def test_the_normaliser_tells_no_role_from_another(digits, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        cells, "train_vae", lambda *a, privacy, **k: seen.append(privacy) or {"steps": 0, "epsilon": 0.0}
+        cells,
+        "train_vae",
+        lambda *a, privacy, **k: seen.append(privacy) or {"steps": 0, "epsilon": 0.0, "private_outputs": []},
     )
     for role in cells.ROLES:
         cells.train_cell(tmp_path, family="vae", sigma=0.5, role=role, **SETTINGS)

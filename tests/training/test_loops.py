@@ -54,8 +54,8 @@ class Dying(Checkpoint):
 
     saves = 0
 
-    def save(self, *args):
-        super().save(*args)
+    def save(self, *args, **more):
+        super().save(*args, **more)
         self.saves += 1
         if self.saves == 3:
             raise Killed
@@ -103,12 +103,60 @@ def test_subjects_are_drawn_whole(family, tiny_images, monkeypatch):
     assert report["privacy"]["records"] == "subjects"
 
 
-def test_release_mode_reads_no_seed_and_stores_none(tiny_images, tmp_path):
-    """Twice the same seed, two different models; the checkpoint's generator has not moved."""
-    runs = [train("vae", tiny_images, 1, PRIVACY.released(), Checkpoint(tmp_path / name))[0] for name in "ab"]
+@pytest.mark.parametrize("family", TRAIN)
+def test_release_mode_reads_no_seed_and_stores_no_stream_that_batches_move(family, tiny_images, tmp_path):
+    """Twice the same seed, two different models. Of the streams only the public one is stored."""
+    runs = [train(family, tiny_images, 2, PRIVACY.released(), Checkpoint(tmp_path / name))[0] for name in "ab"]
     assert not torch.equal(*runs)
-    stored = Checkpoint(tmp_path / "a")._read()[0]["generators/batches"]
-    assert torch.equal(stored, torch.Generator().manual_seed(5).get_state())
+    stored = Checkpoint(tmp_path / "a")._read()[0]
+    assert {name for name in stored if name.startswith("generators/")} <= {"generators/public"}
+    assert not any(name.startswith("random/") for name in stored)
+    _, report = train(family, tiny_images, 4, PRIVACY.released(), Checkpoint(tmp_path / "a"))
+    assert report["steps"] == 8  # resumed, and what was spent is not forgotten
+
+
+def test_a_checkpoint_is_not_resumed_under_another_privacy(tiny_images, tmp_path):
+    """Else the steps at little noise would be accounted with the noise of today."""
+    quiet = replace(PRIVACY, noise_multiplier=0.1)
+    for begun, resumed in ((quiet, PRIVACY), (None, PRIVACY), (PRIVACY, None)):
+        folder = tmp_path / f"{begun is None}{resumed is None}"
+        train("vae", tiny_images, 2, begun, Checkpoint(folder))
+        with pytest.raises(ValueError, match="another privacy"):
+            train("vae", tiny_images, 3, resumed, Checkpoint(folder))
+
+
+def test_the_number_of_private_steps_does_not_tell_the_size_of_the_set(tiny_images):
+    images, labels = tiny_images
+    whole, less = (train("vae", (images[:n], labels[:n]), 3, PRIVACY)[1]["steps"] for n in (8, 7))
+    assert whole == less == 6
+
+
+def test_the_private_gans_public_stream_is_not_moved_by_private_batches(tiny_images, monkeypatch):
+    """The discriminator held as it was, the generator's weights are equal to the bit with and without a record."""
+    step = PrivateTraining.step
+
+    def undone(self, loss, *batch):
+        before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        losses = step(self, loss, *batch)
+        self.model.load_state_dict(before)
+        return losses
+
+    monkeypatch.setattr(PrivateTraining, "step", undone)
+    images, labels = tiny_images
+    for private in (PRIVACY, PRIVACY.released()):
+        found = [nets_after(images[:n], labels[:n], private) for n in (8, 7)]
+        assert torch.equal(*found)
+    published = [nets_after(images[:n], labels[:n], PRIVACY, as_published=True) for n in (8, 7)]
+    assert not torch.equal(*published)
+
+
+def nets_after(images, labels, privacy, **more):
+    """The GAN generator's weights after a few private epochs."""
+    generator, discriminator = nets("gan")
+    torch.manual_seed(3)
+    settings = {"epochs": 6, "lr": 1e-3, "batch_size": 4, "generator_every": 2, "privacy": privacy}
+    train_gan(generator, discriminator, images, labels, generator=torch.Generator().manual_seed(5), **settings, **more)
+    return torch.cat([w.detach().flatten() for w in generator.parameters()])
 
 
 def test_delta_must_fit_the_number_of_images(tiny_images):

@@ -2,8 +2,9 @@
 
 A seeded run can be repeated to the bit, and so can its noise, by anyone who has the seed: it is for study. What is
 given away must be made in release mode: random bytes of the operating system, never stored, not even in a checkpoint.
-There the normal numbers are sums of four, which hides the low bits that tell which sums a float can be (Mironov 2012;
-Holohan and Braghin 2021, arXiv 2107.10138): a practical defence, not a proof about floating point.
+Which floats a noisy sum can be tells the sum (Mironov 2012). Against that, release noise is drawn in float64, as a sum
+of four normals (Holohan and Braghin 2021, arXiv 2107.10138), and the noisy sum is rounded to float32: a practical
+defence, whose rounding does most of it, and not a proof about floating point.
 """
 
 import os

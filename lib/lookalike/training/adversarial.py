@@ -7,6 +7,7 @@ decides when it trains.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -34,14 +35,16 @@ def train_gan(
     adam = {name: torch.optim.Adam(net.parameters(), lr, BETAS, fused=True) for name, net in modules.items()}
     private = start_private(discriminator, adam["discriminator"], privacy, images, subjects, generator, batch_size)
     leaky = as_published or not privacy  # made labels and batch sizes come from the real batch
+    public = generator if leaky else _branch(generator)
+    streams = {"batches": generator} | ({} if leaky else {"public": public})
     schedule = Schedule(0.0 if privacy else math.log(2), every=0 if leaky else generator_every)
-    state = resume(checkpoint, modules, adam, {"batches": generator}, private)
+    state = resume(checkpoint, modules, adam, streams, private)
     state.setdefault("generator_steps", 0)
     schedule.__dict__.update(state.pop("schedule", {}))
     generator_net.train(), discriminator.train()
 
-    def made_labels(real_labels, n):
-        return real_labels if leaky else _draw_labels(generator_net, n, generator, labels)
+    def made_labels(real_labels, n, stream=generator):
+        return real_labels if leaky else _draw_labels(generator_net, n, stream, labels)
 
     for epoch in range(state["epoch"], epochs):
         losses = []
@@ -56,15 +59,18 @@ def train_gan(
                 losses.append(_discriminator_step(discriminator, adam["discriminator"], batch, penalty, generator))
             if schedule.says_go(losses[-1]):
                 size = len(rows) if leaky else round(privacy.expected_batch_size)
-                wanted = made_labels(real_labels, size)
-                _generator_step(generator_net, discriminator, adam["generator"], wanted, generator)
+                wanted = made_labels(real_labels, size, public)
+                with _dropout_from(None if leaky else public, images.device):
+                    _generator_step(generator_net, discriminator, adam["generator"], wanted, public)
                 state["generator_steps"] += 1
         state["loss"].append(mean_loss(losses))
         state["epoch"] = epoch + 1
         if due(epoch + 1, epochs):
-            keep(checkpoint, modules, adam, {"batches": generator}, private, state | {"schedule": schedule.__dict__})
+            keep(checkpoint, modules, adam, streams, private, state | {"schedule": schedule.__dict__})
     found = report(state, private)
-    return found | {"epsilon": None, "privacy": None} if as_published else found  # no epsilon covers its generator
+    if not (privacy and as_published):
+        return found
+    return found | {"epsilon": None, "privacy": None, "private_outputs": ["loss", "generator_steps"]}
 
 
 class Schedule:
@@ -117,6 +123,25 @@ def _generator_step(generator_net, discriminator, optimizer, labels, generator):
     for p in weights:
         p.requires_grad_(True)
     optimizer.step()
+
+
+def _branch(generator):
+    """A generator of its own, from one number of another: private batches do not move it."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
+@contextmanager
+def _dropout_from(generator, device):
+    """Within, torch's global stream starts from a number of `generator`; None: it goes on as it is.
+
+    The discriminator's dropout draws from the global stream, which private batches have moved.
+    """
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        yield
 
 
 def _draw_labels(generator_net, n, generator, like):

@@ -115,6 +115,7 @@ def train_cell(
     return report | {
         "images": len(images),
         "delta": settings["privacy"].delta if settings["privacy"] else None,
+        "private_outputs": [*report["private_outputs"], *(["images"] if settings["privacy"] else [])],
     }
 
 
@@ -166,7 +167,7 @@ def audit_cell(trained, *, steps, canaries, audit_seed=0, **settings):
     )  # fmt: skip
     rows = [white.row()]
     if known["role"] == "full":
-        total = known["epochs"] * -(-len(images) // known["batch_size"])
+        total = known["epochs"] * round(1 / privacy.sample_rate)
         rows.append(_audit_released(what, trained, whole, per_class, privacy, total))
     return rows
 

@@ -45,8 +45,11 @@ class Checkpoint:
         optimizers: dict[str, Optimizer],
         generators: dict[str, torch.Generator],
         state: dict,
+        global_random: bool = True,
     ) -> None:
         """Stores them with the global random states of python, numpy and torch; `state` is the caller's JSON.
+
+        Without `global_random` these are left out, and a resumed training draws on as it comes.
 
         Save between two optimizer steps: gradients are not part of a checkpoint.
         """
@@ -55,7 +58,7 @@ class Checkpoint:
             "modules": {name: _pack(_weights(module), tensors, f"modules/{name}") for name, module in modules.items()},
             "optimizers": _pack({n: o.state_dict() for n, o in optimizers.items()}, tensors, "optimizers"),
             "generators": _pack({n: g.get_state() for n, g in generators.items()}, tensors, "generators"),
-            "random": _pack(_global_random_state(), tensors, "random"),
+            "random": _pack(_global_random_state() if global_random else {}, tensors, "random"),
             "state": _pack(state, tensors, "state"),
         }
         self._write(tensors, json.dumps(document).encode())
@@ -91,7 +94,8 @@ class Checkpoint:
                 raise CheckpointError(f"Optimizer {name} in {self.folder} does not fit: {error}.") from None
         for name, generator in generators.items():
             generator.set_state(stored["generators"][name])
-        _restore_global_random_state(stored["random"])
+        if stored["random"]:
+            _restore_global_random_state(stored["random"])
         return stored["state"]
 
     def load_module(self, name: str, module: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ no_free_lunch. Without privacy the published algorithm differs in more than the 
 the *batch* gradient clipped to 1, for the DDPM a learning rate that falls to 0. It is kept so, and the chapter says it.
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -33,9 +34,10 @@ def train(
 ):  # fmt: skip
     """Adam on images (N, C, S, S) in [-1, 1] and labels (N,); `privacy` makes it DP-SGD on every weight.
 
-    An epoch is ceil(N / batch_size) steps. `generator` (CPU) draws batches, `generator` and torch's global one the
-    rest. `subjects` (N,) says whose each image is, for a privacy whose records are subjects. `checkpoint` resumes to
-    the same final weights after a kill. Returns {"loss": mean per epoch, "steps", "epsilon", "privacy": what
+    An epoch is ceil(N / batch_size) steps, under `privacy` 1 / sample_rate: N is private there. `generator` (CPU) draws
+    batches, `generator` and torch's global one the rest. `subjects` (N,) says whose each image is, for a privacy whose
+    records are subjects. `checkpoint` resumes to the same final weights after a kill (in release mode to others: its
+    randomness is not stored). Returns {"loss": mean per epoch, "steps", "epsilon", "privacy": what
     `PrivateTraining.report` says or None, "private_outputs"}: the entries named in private_outputs read the data
     without noise; epsilon does not cover their publication.
     """
@@ -60,7 +62,7 @@ def train(
 
 
 def start_private(model, optimizer, privacy, images, subjects, generator, batch_size):
-    """The private training of a loop whose epochs are ceil(N / batch_size) steps; None without `privacy`."""
+    """The private training of a loop with batches of about `batch_size`; None without `privacy`."""
     if privacy is None:
         return None
     private = PrivateTraining(model, optimizer, privacy, images, subjects, generator)
@@ -69,9 +71,10 @@ def start_private(model, optimizer, privacy, images, subjects, generator, batch_
 
 
 def batches(n, batch_size, private, generator):
-    """Row indices for one epoch of ceil(n / batch_size) steps: shuffled, or drawn by the private training."""
-    steps = -(-n // batch_size)
-    return private.batches(steps) if private else torch.randperm(n, generator=generator).split(batch_size)
+    """Row indices for one epoch: shuffled, or 1 / sample_rate draws of the private training."""
+    if private:
+        return private.batches(round(1 / private.privacy.sample_rate))
+    return torch.randperm(n, generator=generator).split(batch_size)
 
 
 def mean_loss(losses):
@@ -87,19 +90,36 @@ def due(epoch, epochs):
 
 def resume(checkpoint, modules, optimizers, generators, private):
     """The state to start from: what the checkpoint holds, else epoch 0; the privacy spent is part of it."""
-    state = checkpoint.load(modules, optimizers, generators) if checkpoint else None
+    state = checkpoint.load(modules, optimizers, _stored(generators, private)) if checkpoint else None
     if state is None:
         return {"epoch": 0, "loss": [], "private_steps": 0}
+    if state.pop("privacy", None) != _specification(private):
+        raise ValueError(f"{checkpoint.folder} was trained under another privacy: delete it, or go on with the same.")
     if private:
         private.steps = state["private_steps"]
     return state
 
 
 def keep(checkpoint, modules, optimizers, generators, private, state):
-    """Saves the state, if there is somewhere to save it."""
+    """Saves the state, if there is somewhere to save it.
+
+    In release mode no random state: the streams move with the batches, and how far would tell their sizes.
+    """
     state["private_steps"] = private.steps if private else 0
     if checkpoint:
-        checkpoint.save(modules, optimizers, generators, state)
+        stored = _stored(generators, private)
+        document = state | {"privacy": _specification(private)}
+        checkpoint.save(modules, optimizers, stored, document, global_random=stored == generators)
+
+
+def _stored(generators, private):
+    """Those whose state may lie on disk."""
+    hidden = private and private.privacy.mode == "release"
+    return {name: one for name, one in generators.items() if name == "public" or not hidden}
+
+
+def _specification(private):
+    return asdict(private.privacy) if private else None
 
 
 def report(state, private):
