@@ -77,9 +77,14 @@ def kept():
 
 
 def _audit(stage, call, steps, canaries, seed):
-    module = importlib.import_module(call["module"])
-    audit = getattr(module, call["function"].replace("train_", "audit_"))
-    return audit(stage, steps=steps, canaries=canaries, audit_seed=seed, **call["settings"])
+    return _counterpart(call)(stage, steps=steps, canaries=canaries, audit_seed=seed, **call["settings"])
+
+
+def _counterpart(call):
+    """The audit of a training function, None if there is none."""
+    if not call.get("function", "").startswith("train_"):
+        return None
+    return getattr(importlib.import_module(call["module"]), call["function"].replace("train_", "audit_"), None)
 
 
 def _private_stages(folder):
@@ -87,7 +92,7 @@ def _private_stages(folder):
     found = {}
     for path in sorted((folder / "stages").rglob("stage.json")):
         call, result = read_json(path), path.parent / "result.json"
-        trains = result.is_file() and call.get("function", "").startswith("train_")
+        trains = result.is_file() and _counterpart(call)
         if trains and read_json(result)["result"].get("privacy"):  # `PrivateTraining.report`; None without privacy
             found[path.parent.relative_to(folder / "stages").as_posix()] = call
     return found

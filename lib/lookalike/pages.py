@@ -251,8 +251,8 @@ def brackets() -> str:
         chosen = {name: found for name, found in kept.items() if name.startswith(f"{chapter}/")}
         if not chosen:
             continue
-        one = next(iter(chosen.values()))
-        parts += [f"**{{doc}}`/chapters/{chapter}`** ({_audited(one)})"]
+        made = "; ".join(dict.fromkeys(map(_audited, chosen.values())))
+        parts += [f"**{{doc}}`/chapters/{chapter}`** ({made})"]
         parts += [table(header, [_bracket_cells(row, found) for found in chosen.values() for row in found["rows"]])]
     return "\n\n".join(parts) or "No audit is kept yet."
 
@@ -264,7 +264,7 @@ def _audited(document: dict) -> str:
 def _engine_cells(name: str, found: dict) -> list:
     title = {"stock": "Opacus 1.6 as it comes", "ours": "this library"}[name]
     bad = found["lower"] > found["accounted"]
-    audit = "white box, size of the noisy gradient"
+    audit = "white box, 200 noisy gradients"
     numbers = [_number(found["accounted"]), _number(found["lower"]), ""]
     return [title, audit, "images", 1, "1e-05", *numbers, _verdict(bad)]
 
@@ -288,7 +288,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{float(f'{value:.3g}'):,g}"
 
 
-def _verdict(contradiction: bool) -> str:
+def _verdict(contradiction: bool | None) -> str:
+    if contradiction is None:
+        return "none: no coins"
     return '<span class="contradiction">contradiction</span>' if contradiction else "no contradiction"
 
 

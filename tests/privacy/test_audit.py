@@ -1,6 +1,7 @@
 """The audit: it finds stock Opacus and planted mistakes, never our engine, and says how near it comes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,10 +55,39 @@ def a_quarter_of_the_noise(monkeypatch):
     monkeypatch.setattr(randomness.Seeded, "normal", lambda self, shape: normal(self, shape) / 4)
 
 
-@pytest.mark.parametrize("mistake", [no_clipping, a_quarter_of_the_noise])
+def everyone_in_every_batch(monkeypatch):
+    monkeypatch.setattr(randomness.Seeded, "chosen", lambda self, n, rate: torch.ones(n, dtype=torch.bool))
+
+
+MISTAKES = {
+    no_clipping: QUIET,
+    a_quarter_of_the_noise: QUIET,
+    everyone_in_every_batch: replace(QUIET, noise_multiplier=4.0, sample_rate=0.1, expected_batch_size=1),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_found(mistake, monkeypatch):
+    assert not linear_audit(MISTAKES[mistake], steps=10).contradiction
     mistake(monkeypatch)
-    assert linear_audit().contradiction
+    assert linear_audit(MISTAKES[mistake], steps=10).contradiction
+
+
+def test_release_mode_is_audited_with_its_own_noise(monkeypatch):
+    assert not linear_audit(QUIET.released()).contradiction
+    monkeypatch.setattr(randomness.Secret, "normal", lambda self, shape: torch.zeros(shape, dtype=torch.float64))
+    assert linear_audit(QUIET.released()).contradiction
+
+
+def test_the_self_test_would_find_too_little_noise_in_our_engine(monkeypatch):
+    a_quarter_of_the_noise(monkeypatch)
+    ours = audit.self_test(trials=1000)["ours"]
+    assert ours["lower"] > ours["accounted"]
+
+
+def test_without_coins_there_is_no_verdict():
+    lower = audit.audit_samples(np.zeros((20, 1, 4, 4), np.uint8), np.arange(20) < 10, np.zeros((5, 1, 4, 4), np.uint8))
+    assert audit.bracket("x", QUIET, 1, "black box", lower, verdict=False).contradiction is None
 
 
 def test_a_promise_to_subjects_is_broken_by_counting_images_and_kept_by_counting_subjects():

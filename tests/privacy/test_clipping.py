@@ -9,6 +9,7 @@ from torch import nn
 from lookalike.models.ddpm import ConditionalDDPM, ddpm_loss, draw_diffusion
 from lookalike.models.gan import Discriminator, discriminator_loss
 from lookalike.models.vae import ConditionalVAE, vae_loss
+from lookalike.privacy import clipping
 from lookalike.privacy.clipping import best_method, clipped_sum, unknown_layers
 
 METHODS = ["bookkeeping", "hooks", "vmap"]  # ghost clipping takes one row an image; it has tests of its own
@@ -321,3 +322,50 @@ def test_no_records_weight_beyond_the_norm(method, tiny_images):
     gradients, _, norms = clipped_sum(model, loss, one, 0.01, method)
     assert norms[0] > 0.01
     assert torch.cat([g.flatten() for g in gradients.values()]).norm().item() == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("slope", [1e4, 1e6])
+def test_positions_that_nearly_annul_do_not_slip_past_the_norm(method, slope):
+    """Two almost equal tokens with opposite slopes: the Gram form of their norm loses every digit in float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(100, 1, bias=False)
+    token = torch.rand(20, 1, 100) * 2 - 1
+    records = torch.cat([token, token + 1e-4 * torch.randn(20, 1, 100)], 1)
+    opposed = lambda m, x: slope * (m(x)[:, 0, 0] - m(x)[:, 1, 0])  # noqa: E731
+    for record in records:
+        gradients, _, norms = clipped_sum(model, opposed, (record[None],), 1.0, method)
+        exact = slope * (record[0] - record[1]).double().norm()
+        assert gradients[model.weight].norm() <= 1 + 1e-4
+        if method == "bookkeeping":
+            assert norms[0].item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(("at_once", "kept"), [(1, 32_000_000), (200, 0), (1, 0)])
+def test_splitting_and_not_keeping_change_nothing(at_once, kept, monkeypatch, tiny_images):
+    monkeypatch.setattr(clipping, "AT_ONCE", at_once)
+    monkeypatch.setattr(clipping, "KEPT", kept)
+    torch.manual_seed(0)
+    for name in ("vae", "discriminator", "ddpm"):
+        model, loss, batch = family(name, *tiny_images)
+        assert_equal_to_loop(model, loss, batch, "bookkeeping", max_grad_norm=0.5)
+
+
+class Standardised(nn.Conv2d):
+    """A subclass that computes something else from its weight."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_what_is_not_exactly_a_known_layer_is_not_taken_for_one():
+    images = torch.randn(3, 2, 6, 6)
+    strange = {
+        "subclass": Standardised(2, 3, 3),
+        "parametrised": nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3)),
+        "output padding": nn.ConvTranspose2d(2, 3, 3, dilation=3, output_padding=2),
+    }
+    for layer in strange.values():
+        assert unknown_layers(nn.Sequential(layer))
+        assert best_method(layer) == "vmap"
+    assert_equal_to_loop(strange["subclass"], squared, (images,), "vmap")

@@ -29,8 +29,9 @@ def training(model, x, privacy=PRIVACY, seed=0, lr=1.0, **more):
     return PrivateTraining(model, sgd, privacy, x, generator=torch.Generator().manual_seed(seed), **more)
 
 
-def update(model, x, privacy=PRIVACY, seed=0, **more):
+def update(model, x, privacy=PRIVACY, seed=0, subjects=None, **more):
     """What one private step with plain SGD of learning rate 1 subtracts, as one vector; at rate 1 all rows are in."""
+    more["subjects"] = subjects if privacy.records == "subjects" else None
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     private = training(model, x, privacy, seed, **more)
     for rows in private.batches(1):
@@ -42,7 +43,7 @@ def noise_alone(model, n=7, privacy=PRIVACY, seed=0):
     """The update of an empty batch under the same draw."""
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     private = training(model, torch.zeros(n, 200), privacy, seed)
-    torch.rand(n, generator=private.random.generator)  # what drawing the batch takes from the stream
+    torch.rand(n, dtype=torch.float64, generator=private.random.generator)  # what drawing the batch takes
     private._drawn = torch.arange(0)
     private.step(squared, torch.zeros(0, 200))
     return before - nn.utils.parameters_to_vector(model.parameters()).detach(), private
@@ -72,7 +73,7 @@ def test_the_noise_has_the_stated_deviation_whatever_the_settings(sigma, norm, b
     x, model = torch.zeros(12, 200), wide()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     zero = lambda m, x: 0 * m(x).sum(1)  # noqa: E731
-    private = training(model, x, privacy, seed, subjects=np.arange(12))
+    private = training(model, x, privacy, seed, subjects=np.arange(12) if records == "subjects" else None)
     for rows in private.batches(1):
         private.step(zero, x[rows])
     moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -89,8 +90,8 @@ def test_neighbours_get_equal_noise(n, sigma, seed):
     for rows in (x, x[:-1]):
         moved = update(wide(), rows, privacy, seed)[0]
         gradients, _, _ = clipped_sum(wide(), squared, (rows,), 0.3)
-        drawn = torch.rand(len(rows), generator=(stream := torch.Generator().manual_seed(seed)))
-        assert (drawn <= 1).all()
+        stream = torch.Generator().manual_seed(seed)
+        torch.rand(len(rows), dtype=torch.float64, generator=stream)  # what drawing the batch takes from the stream
         expected = [torch.empty(p.shape).normal_(generator=stream) * sigma * 0.3 / n for p in gradients]
         noise.append(
             (
@@ -184,6 +185,9 @@ def test_a_report_says_what_holds():
 def test_a_target_epsilon_finds_its_noise():
     privacy = Privacy.for_epsilon(3.0, 0.1, 500, 1e-3, expected_batch_size=10)
     assert 2.99 < privacy.epsilon(500) <= 3.0
+    tighter = Privacy.for_epsilon(3.0, 0.1, 500, 1e-3, "pld", expected_batch_size=10)
+    assert tighter.noise_multiplier < privacy.noise_multiplier
+    assert 2.99 < tighter.epsilon(500) <= 3.0
 
 
 def test_a_batch_that_is_not_stepped_on_stops_the_loop():
@@ -399,7 +403,57 @@ def test_records_that_are_mixed_are_refused_at_the_first_step(model, loss):
         break
 
 
+def test_a_rare_record_is_drawn_no_more_often_than_accounted():
+    """Uniform float32 numbers lie on a grid of 2^-24: below one in a million a 'u < rate' is true too often."""
+    rate = 2**-26
+    drawn = sum(randomness.Seeded(torch.Generator().manual_seed(s)).chosen(2**24, rate).sum() for s in range(8))
+    assert drawn <= 12  # mean 2; on the coarse grid it would be 8
+
+
+def test_weights_of_few_digits_are_refused():
+    with pytest.raises(ValueError, match="Weights below float32"):
+        training(linear().bfloat16(), torch.zeros(7, 4))
+
+
+def test_subjects_are_not_ignored():
+    with pytest.raises(ValueError, match="records are images"):
+        training(linear(), torch.zeros(7, 4), subjects=list("aabbccd"))
+
+
+def test_the_self_test_respects_max_images():
+    seen = []
+    model = linear()
+    model.register_forward_hook(lambda layer, args, output: seen.append(len(args[0])))
+    private = training(model, x := torch.randn(8, 4), replace(PRIVACY, expected_batch_size=8), max_images=2)
+    for rows in private.batches(3):
+        private.step(squared, x[rows])
+    assert max(seen) == 2
+
+
+def late(wrong):
+    """A loss that is right at first and `wrong` from its fourth step on."""
+    steps = []
+
+    def loss(model, x):
+        return wrong(model, x) if len(steps) > 3 else squared(model, x)
+
+    return loss, steps
+
+
+def test_a_penalty_that_is_switched_on_later_is_refused():
+    private = training(linear(), x := torch.randn(7, 4))
+    loss, steps = late(gradient_penalty)
+    for rows in private.batches(5):
+        if len(steps) > 3:
+            with pytest.raises(ValueError, match="gradients of its own"):
+                private.step(loss, x[rows])
+            break
+        private.step(loss, x[rows])
+        steps.append(1)
+
+
 MIXTURES = {
+    "by the size of the batch": lambda model, x: squared(model, x) / len(x),
     "of all records": lambda model, x: squared(model, x - x.mean(0)),
     "of those before": lambda model, x: squared(model, x.cumsum(0)),
     "of pairs": lambda model, x: squared(model, x + x.roll(1, 0)),

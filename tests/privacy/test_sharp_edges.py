@@ -152,7 +152,7 @@ def test_a_shuffled_epoch_says_more_than_poisson_batches_of_the_same_size():
 
 
 def test_a_rate_that_is_not_the_samplers_is_contradicted_or_refused():
-    """Half of the records a batch, a twentieth in the accountant."""
+    """Half of the records a batch, one in a thousand in the accountant."""
     rng, trials, sigma = np.random.default_rng(0), 200_000, 0.5
     sampled = rng.random(trials) < 0.5
     lower = lower_bound(sampled + rng.normal(0, sigma, trials), rng.normal(0, sigma, trials), DELTA).epsilon
@@ -561,7 +561,7 @@ def test_the_page_quotes_the_refusals_as_they_are():
     cells = re.findall(r'^\| (".+?") \|', PAGE.read_text(), re.M)
     quotes = [quote for cell in cells for quote in re.findall(r'"(.+?)"', cell)]
     folder = ROOT / "lib" / "lookalike"
-    files = ("privacy/dpsgd.py", "privacy/clipping.py", "training/likelihood.py")
+    files = ("privacy/dpsgd.py", "privacy/clipping.py", "training/likelihood.py", "training/adversarial.py")
     source = "".join((folder / name).read_text() for name in files)
     assert len(quotes) > 10
     assert [quote for quote in quotes if quote not in source] == []

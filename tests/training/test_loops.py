@@ -101,6 +101,9 @@ def test_subjects_are_drawn_whole(family, tiny_images, monkeypatch):
     pairs = {0: 2, 1: 3, 4: 5, 6: 7}
     assert all({pairs[i] for i in rows.tolist() if i in pairs} == set(rows.tolist()) - set(pairs) for rows in drawn)
     assert report["privacy"]["records"] == "subjects"
+    assert report["epsilon"] == private.epsilon(8)
+    with pytest.raises(ValueError, match=r"not below 1 / 4 records"):
+        train(family, tiny_images, 1, replace(private, delta=0.25), subjects=subjects)
 
 
 @pytest.mark.parametrize("family", TRAIN)
@@ -206,6 +209,12 @@ def test_no_epsilon_is_claimed_for_the_published_private_gan(tiny_images):
     _, report = train("gan", tiny_images, 2, PRIVACY, as_published=True)
     assert report["epsilon"] is None
     assert report["steps"] == 4
+
+
+def test_a_schedule_of_no_steps_is_refused(tiny_images):
+    """It once meant the authors' rule, which reads the private loss."""
+    with pytest.raises(ValueError, match="generator_every must be 1 or more"):
+        train("gan", tiny_images, 1, PRIVACY, generator_every=0)
 
 
 def test_the_private_gans_schedule_does_not_read_the_loss():

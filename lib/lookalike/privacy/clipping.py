@@ -5,6 +5,9 @@ Book-keeping follows Bu et al. 2023, "Differentially Private Optimization on Lar
 layer saw, then one clipped weight-gradient pass. Gradients per record exist for one layer at a time, where that is
 cheaper than going without; small ones are kept for the sum, large ones gone when their norm is known.
 
+Norms come from formulas that can cancel: what positions of one record add may nearly annul. Such norms are taken again
+in float64, and a record is clipped by its norm plus what rounding can have added to its sum.
+
 A loss is `loss(model, *batch)`, one number per image (N,); every tensor of the batch has the images first. A network
 may see a multiple of N rows (a discriminator sees each record's real and made image): row j belongs to image j mod N.
 A record is an image, or, with `owners`, a subject: the gradients of its images are summed, then clipped once.
@@ -20,7 +23,10 @@ METHODS = ("bookkeeping", "hooks", "ghost", "vmap")
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 AT_ONCE = 4_000_000  # numbers per instantiation: larger blocks are mapped anew by the allocator, at a cost of their own
+CANCELLED = 1e-3  # a squared norm below this share of its Cauchy-Schwarz bound has lost digits in float32
+ROUNDING = 4  # in units of the last place of what a record's positions reach together
 KEPT = 32_000_000  # numbers of a layer's gradients that are kept rather than computed again
+PENALTY = "The loss takes gradients of its own (a gradient penalty), which have no clipped form here; leave it out."
 OVERWRITTEN = "What a layer was given or gave is changed in place afterwards; build the model without in-place layers."
 
 
@@ -108,13 +114,16 @@ def _bookkeeping(model, loss, batch, max_grad_norm, records):
         raise ValueError(f"Book-keeping does not know the layer {unknown[0]}; use method='vmap' for this model.")
     layers = [layer for layer in model.modules() if _trains(layer)]
     losses, seen = _forward_backward(model, layers, loss, batch)
-    squared = torch.zeros(records.count, dtype=torch.float64, device=losses.device)
-    kept = {layer: _add_squared_norms(squared, layer, *seen[layer], records) for layer in layers}
-    factors = clip_factors(squared.sqrt(), max_grad_norm).to(losses.dtype)
+    # of each record: the squared norm of its gradient, and of what its positions reach if they do not annul
+    squared, reach = torch.zeros(2, records.count, dtype=torch.float64, device=losses.device)
+    kept = {layer: _add_squared_norms(squared, reach, layer, *seen[layer], records) for layer in layers}
+    norms = squared.sqrt()
+    rounding = ROUNDING * torch.finfo(losses.dtype).eps * reach.sqrt()
+    factors = clip_factors(norms + rounding, max_grad_norm).to(losses.dtype)
     gradients = {}
     for layer in layers:
         gradients |= _weighted_gradient(layer, *seen.pop(layer), factors, records, kept.pop(layer))
-    return gradients, losses, squared.sqrt()
+    return gradients, losses, norms
 
 
 def _forward_backward(model, layers, loss, batch):
@@ -135,6 +144,8 @@ def _forward_backward(model, layers, loss, batch):
     try:
         with _frozen(layers):  # no weight gradients in the backward pass: they come clipped, once, afterwards
             losses = loss(model, *batch)
+            if slopes:  # of a gradient that the loss took itself
+                raise ValueError(PENALTY)
             losses.sum().backward()
     except RuntimeError as error:  # an activation in place on the output of a layer, whose weights are frozen here
         if "in-place" not in str(error) and "inplace" not in str(error):
@@ -172,29 +183,48 @@ def _frozen(layers):
             p.requires_grad_(True)
 
 
-def _add_squared_norms(squared, layer, x, slope, records):
-    """Adds the squared norm of each record's gradient in this layer to `squared` (R,).
+def _add_squared_norms(squared, reach, layer, x, slope, records):
+    """Adds each record's squared norm in this layer to `squared` (R,), and what bounds its rounding to `reach` (R,).
 
     Gives what was instantiated of the weight's gradients on the way, if it is small: pairs (records, gradients).
     """
     if isinstance(layer, NORMS):
         for rows in _norm_gradients(layer, x, slope):
             squared += records.sum(rows).square().sum(1)
+        reach += _norm_reach(layer, x, slope, records)
         return None
     kept, few = [], records.count * layer.weight.numel() <= KEPT
     for which, (inputs, slopes) in records.blocks(x, slope):
-        norms, gradients = _weight_norms(layer, inputs, slopes, few)
+        norms, bounds, gradients = _weight_norms(layer, inputs, slopes, few)
         squared[which] += norms
+        reach[which] += bounds
         kept.append((which, gradients))
     if getattr(layer, "bias", None) is not None:
         squared += records.sum(_over_positions(layer, slope)).square().sum(1)
+        reach += _positions(layer, slope, records) * records.sum(slope.square().flatten(1).sum(1))
     return kept if all(gradients is not None for _, gradients in kept) else None
 
 
-def _weight_norms(layer, x, slope, keep):
-    """Squared norms (R,) of the weight's gradient, from what records saw (R, rows, ...) and their slopes.
+def _positions(layer, slope, records):
+    """The most positions that a record's gradient of a bias sums over (Cauchy-Schwarz)."""
+    most = 1 if records.owners is None else int(torch.bincount(records.owners).max())
+    per_row = slope[0].numel() // slope.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    return per_row * most * (len(slope) // records.n)
 
-    And the gradients (R, ...) themselves where they were instantiated and `keep` asks for them, else None.
+
+def _norm_reach(layer, x, slope, records):
+    positions = slope[0].numel() * (len(slope) // records.n) // layer.weight.numel()
+    if records.owners is not None:
+        positions *= int(torch.bincount(records.owners).max())
+    scaled = sum(t.square().flatten(1).sum(1) for t in (slope * _normal(layer, x), slope))
+    return positions * records.sum(scaled)
+
+
+def _weight_norms(layer, x, slope, keep):
+    """Of the weight's gradient, from what records saw (R, rows, ...) and their slopes: squared norms (R,), bounds (R,).
+
+    Bounds are the squares of what all positions reach together. And the gradients (R, ...) themselves where they were
+    instantiated and `keep` asks for them, else None.
     """
     if isinstance(layer, CONVOLUTIONS):
         return _convolution_norms(layer, x, slope, keep)
@@ -202,13 +232,26 @@ def _weight_norms(layer, x, slope, keep):
     if isinstance(layer, nn.Embedding):
         x = x.reshape(len(x), -1)
         same = (x[:, :, None] == x[:, None, :]) & _counts(layer, x)[:, :, None]
-        return ((slope @ slope.mT) * same).sum((1, 2)), None
-    return _ghost_norms(x.reshape(len(x), -1, x.shape[-1]), slope), None
+        slope = slope.double()
+        return ((slope @ slope.mT) * same).sum((1, 2)), slope.shape[1] * slope.square().sum((1, 2)), None
+    return *_ghost_norms(x.reshape(len(x), -1, x.shape[-1]), slope), None
 
 
 def _ghost_norms(x, slope):
-    """Squared Frobenius norm of x^T slope per record, from (R, T, p) and (R, T, o), without forming it."""
-    return ((x @ x.mT) * (slope @ slope.mT)).sum((1, 2))
+    """Squared Frobenius norm of x^T slope per record, from (R, T, p) and (R, T, o), without forming it; its bound."""
+    norms, bounds = _gram(x, slope)
+    doubtful = norms < CANCELLED * bounds
+    if x.shape[1] > 1 and doubtful.any():
+        norms = norms.double()
+        norms[doubtful] = _gram(x[doubtful].double(), slope[doubtful].double())[0].clamp_min(0)
+    return norms, bounds
+
+
+def _gram(x, slope):
+    """Squared norms (R,) by the Gram matrices of both, and |x|^2 |slope|^2 (R,), which they cannot pass."""
+    x, slope = x @ x.mT, slope @ slope.mT
+    trace = lambda gram: gram.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+    return (x * slope).sum((1, 2)), trace(x) * trace(slope)
 
 
 def _convolution_norms(layer, x, slope, keep):
@@ -220,13 +263,16 @@ def _convolution_norms(layer, x, slope, keep):
     if rows * positions * (p + o) < p * o:
         geometry = layer.kernel_size, layer.dilation, layer.padding, layer.stride
         patches = nn.functional.unfold(x.flatten(0, 1), *geometry).mT.unflatten(0, (-1, rows))
-        return _ghost_norms(patches.flatten(1, 2), slope.flatten(3).mT.flatten(1, 2)), None
+        return *_ghost_norms(patches.flatten(1, 2), slope.flatten(3).mT.flatten(1, 2)), None
     norms, kept, some = [], [], max(1, AT_ONCE // layer.weight.numel())
     for inputs, slopes in zip(x.split(some), slope.split(some)):
         gradients = vmap(lambda a, g: _convolution_weight(layer, a, g))(inputs, slopes)
         norms.append(gradients.flatten(1).square().sum(1))
         kept += [gradients] if keep else []
-    return torch.cat(norms), torch.cat(kept) if keep else None
+    norms = torch.cat(norms)
+    if keep:  # the sum takes these very gradients: nothing can annul that their norm does not see
+        return norms, norms, torch.cat(kept)
+    return norms, layer.weight[0, 0].numel() * x.flatten(1).square().sum(1) * slope.flatten(1).square().sum(1), None
 
 
 def _convolution_weight(layer, x, slope):
@@ -269,13 +315,18 @@ def _counts(layer, index):
 def _norm_gradients(layer, x, slope):
     """Per row the gradients of scale and, where there is one, shift, both flat: (rows, C)."""
     if isinstance(layer, nn.LayerNorm):
-        normal = nn.functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
         fold = lambda t: t.reshape(len(t), -1, layer.weight.numel()).sum(1)  # noqa: E731
     else:
-        groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
-        normal = nn.functional.group_norm(x, groups, eps=layer.eps)
         fold = lambda t: _over_positions(layer, t)  # noqa: E731
-    return [fold(slope * normal)] + ([fold(slope)] if layer.bias is not None else [])
+    return [fold(slope * _normal(layer, x))] + ([fold(slope)] if layer.bias is not None else [])
+
+
+def _normal(layer, x):
+    """What the layer multiplies with its scale."""
+    if isinstance(layer, nn.LayerNorm):
+        return nn.functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
+    return nn.functional.group_norm(x, groups, eps=layer.eps)
 
 
 def _over_positions(layer, slope):
@@ -290,13 +341,16 @@ def _trains(layer):
 
 
 def _is_known(layer):
-    if not all(p.requires_grad for p in layer.parameters(recurse=False)):
+    """Exact types only: a subclass may compute otherwise, and a parametrised weight is not a weight."""
+    own = dict(layer.named_parameters(recurse=False))
+    if not own.keys() <= {"weight", "bias"} or not all(p.requires_grad for p in own.values()):
         return False
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-    if isinstance(layer, nn.Embedding):
+    if type(layer) in CONVOLUTIONS:
+        plain = layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+        return plain and all(more < stride for more, stride in zip(layer.output_padding, layer.stride))
+    if type(layer) is nn.Embedding:
         return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
-    if isinstance(layer, nn.InstanceNorm2d):
+    if type(layer) is nn.InstanceNorm2d:
         return not layer.track_running_stats
     return type(layer) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from lookalike.privacy import randomness
-from lookalike.privacy.accounting import noise_multiplier_for, rdp_epsilon
-from lookalike.privacy.clipping import best_method, clipped_sum
+from lookalike.privacy.accounting import Training, account, noise_multiplier_for
+from lookalike.privacy.clipping import PENALTY, best_method, clipped_sum
 
 RECORDS = ("images", "subjects")
 SELF_TEST_TOLERANCE = 1e-3  # relative; float32 rounding stays below 1e-4 here
@@ -38,7 +38,8 @@ class Privacy:
     sample_rate: the probability with which each record enters a batch. delta: below 1 / number of records.
     expected_batch_size: what the noisy sum is divided by; a constant of the protocol, never counted from the data.
     records: "images" or "subjects", whose presence is protected. mode: "study" (seeded: repeatable, and whoever has the
-    seed can subtract the noise) or "release" (randomness of the operating system, never stored).
+    seed can subtract the noise) or "release" (randomness of the operating system, never stored). accountant: "rdp"
+    (quick), "pld", "prv" or "best" (tighter, slower).
     """
 
     noise_multiplier: float
@@ -48,6 +49,7 @@ class Privacy:
     max_grad_norm: float = 1.0
     records: str = "images"
     mode: str = "study"
+    accountant: str = "rdp"
 
     def __post_init__(self):
         if not 0 < self.noise_multiplier < math.inf:
@@ -64,13 +66,13 @@ class Privacy:
     @classmethod
     def for_epsilon(cls, epsilon, sample_rate, steps, delta, accountant="rdp", **settings):
         """The specification with the least noise that spends at most `epsilon` in `steps` steps."""
-        return cls(
-            noise_multiplier_for(epsilon, sample_rate, steps, delta, accountant), sample_rate, delta=delta, **settings
-        )
+        sigma = noise_multiplier_for(epsilon, sample_rate, steps, delta, accountant)
+        return cls(sigma, sample_rate, delta=delta, accountant=accountant, **settings)
 
     def epsilon(self, steps):
-        """Accounted epsilon after so many steps, for `records`: Rényi accountant, an upper bound."""
-        return rdp_epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta)
+        """Accounted epsilon after so many steps, for `records`: an upper bound."""
+        training = Training(self.noise_multiplier, self.sample_rate, steps)
+        return account(training, self.delta, self.accountant).epsilon
 
     def released(self):
         """The same specification with the operating system's randomness."""
@@ -83,7 +85,7 @@ class PrivateTraining:
     `data` is what the records are in (images, a torch Dataset, an ImageSet): its length counts. `subjects` (N,) says
     whose each image is; needed where records are subjects. `generator` draws batches and noise in study mode; release
     mode does not touch it. `method` says how gradients are clipped (`clipping.best_method` if None); the first batch
-    checks it against autograd. `max_images` splits a large batch: more time, less memory, the same sum.
+    checks it against autograd, where it can. `max_images` splits a large batch: more time, less memory, the same sum.
     """
 
     def __init__(
@@ -91,6 +93,10 @@ class PrivateTraining:
     ):  # fmt: skip
         self.model, self.optimizer, self.privacy = model, optimizer, privacy
         self.method, self.max_images = method or best_method(model), max_images
+        if privacy.records == "images" and subjects is not None:
+            raise ValueError(
+                "`subjects` was given, but records are images: ask for records='subjects', or leave it out."
+            )
         self.subjects = _subject_numbers(data, subjects) if privacy.records == "subjects" else None
         self.n = _length(data)
         self.random = randomness.source(privacy.mode, generator)
@@ -102,7 +108,7 @@ class PrivateTraining:
     @property
     def count(self):
         """How many records there are."""
-        return self.n if self.subjects is None else int(self.subjects.max()) + 1
+        return self.n if self.subjects is None else len(self.subjects.unique())
 
     def batches(self, steps):
         """Row indices of so many Poisson samples: each record enters with the sampling rate; a sample may be empty.
@@ -146,7 +152,6 @@ class PrivateTraining:
             "clipping": self.method,
             "steps": self.steps,
             "epsilon": self.epsilon(),
-            "accountant": "rdp",
             "guarantee": randomness.MODES[self.privacy.mode],
         }
 
@@ -185,8 +190,7 @@ class PrivateTraining:
         """The clipped sum and the losses (N,), over parts of at most `max_images` images; no record is split."""
         gradients, losses = {}, torch.zeros(len(batch[0]), device=batch[0].device)
         for images in _parts(len(batch[0]), owners, self.max_images, batch[0].device):
-            whose = None if owners is None else torch.unique(owners[images], return_inverse=True)[1]
-            some = tuple(t[images] for t in batch)
+            some, whose = tuple(t[images] for t in batch), _numbered(owners, images)
             found, values, _ = clipped_sum(self.model, loss, some, self.privacy.max_grad_norm, self.method, whose)
             gradients = {p: gradients[p] + g if gradients else g for p, g in found.items()}
             losses[images] = values.to(losses.dtype)
@@ -199,22 +203,23 @@ class PrivateTraining:
         return noisy.float().to(summed.dtype)  # rounded also for weights of float64: see `randomness`
 
     def _self_test(self, loss, batch, owners):
-        """Gradients must be autograd's, once; records must not mix, now and then.
+        """Gradients must be autograd's, once; the loss must be a record's own, now and then.
 
         At steps 1, 2, 4, 8 ...: weights that begin at zero hide a mixture, and a loss may change. One record alone
-        tells nothing.
+        cannot show one: then the next batch is looked at too.
         """
-        first, again = not self.tested, (self.steps & (self.steps + 1)) == 0
-        if first:
-            check_loss(self.model, loss, batch)
-        if len(batch[0]) < 2 or not (first or again):
+        if self.tested and self.steps & (self.steps + 1):
             return
-        check_alone(self.model, loss, batch, self.method, torch.Generator().manual_seed(self.steps))
-        if first and self.method != "vmap":  # vmap takes each record alone, and draws dropout masks in another order
+        some = _parts(len(batch[0]), owners, self.max_images, batch[0].device)[0]
+        batch, owners = tuple(t[some] for t in batch), _numbered(owners, some)
+        draws = check_loss(self.model, loss, batch)
+        if len(batch[0]) > 1:
+            check_alone(self.model, loss, batch, self.method, draws, torch.Generator().manual_seed(self.steps))
+            self.tested = True
+        if not self.steps and not (draws and self.method == "vmap"):  # vmap draws dropout masks in another order
             ours, norms = _unclipped(self.model, loss, batch, self.method, owners)
             with torch.random.fork_rng(devices=_cuda(self.model)):
                 check_gradients(self.model, loss, batch, ours, norms, owners)
-        self.tested = True
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -236,7 +241,9 @@ def check_batch_size(batch_size, sample_rate, n):
 
 
 def refuse_layers(model, method):
-    """Raises for layers that mix records, and for layers in place, whose inputs the hooks would read too late."""
+    """Raises for what breaks clipping: layers that mix records or work in place, and weights of few digits."""
+    if any(p.requires_grad and torch.finfo(p.dtype).bits < 32 for p in model.parameters()):
+        raise ValueError("Weights below float32 round the clipped sum by more than a record may weigh; use float32.")
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
             raise ValueError(
@@ -254,13 +261,14 @@ def refuse_layers(model, method):
 
 
 def check_loss(model, loss, batch):
-    """Raises unless the loss gives one number per image, takes no gradient itself and leaves every buffer alone."""
+    """Raises unless the loss gives one number per image, takes no gradient itself and leaves every buffer alone.
+
+    Says whether the loss draws random numbers.
+    """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     losses, took_gradient = _watched(model, loss, batch)
     if took_gradient:
-        raise ValueError(
-            "The loss takes gradients of its own (a gradient penalty), which have no clipped form here; leave it out."
-        )
+        raise ValueError(PENALTY)
     if losses.shape != (len(batch[0]),):
         raise ValueError(f"The loss gives {tuple(losses.shape)}, not one number per image ({len(batch[0])},).")
     if not torch.isfinite(losses).all():
@@ -270,6 +278,9 @@ def check_loss(model, loss, batch):
         model.get_buffer(name).copy_(before[name])
     if changed:
         raise ValueError(f"The buffer {changed[0]} takes in the batch without noise; freeze its layer with eval().")
+    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(model)):
+        torch.rand(1)  # the same call from another place of the stream
+        return not torch.allclose(losses, loss(model, *batch), rtol=1e-4, atol=1e-6)
 
 
 def _watched(model, loss, batch):
@@ -290,21 +301,24 @@ def _watched(model, loss, batch):
     return losses, bool(fired)
 
 
-def check_alone(model, loss, batch, method, generator):
+def check_alone(model, loss, batch, method, draws, generator):
     """Raises if an image's loss, or the norm of its gradient, changes when others in its batch do.
 
     A random half of the batch stays and the other rows become copies of one of it; then the other way round. Equal
-    shapes draw equal random numbers.
+    shapes draw equal random numbers. A loss that `draws` none is also asked for each half by itself: it must not divide
+    by the batch either.
     """
     n, device = len(batch[0]), batch[0].device
     stays = (torch.randperm(n, generator=generator) < n // 2).to(device)
     whole = _losses_and_norms(model, loss, batch, method)
     for kept in (stays, ~stays):
-        rows = torch.where(kept, torch.arange(n, device=device), kept.nonzero()[0])
-        part = _losses_and_norms(model, loss, tuple(t[rows] for t in batch), method)
-        for before, after in zip(whole, part):
+        filled = torch.where(kept, torch.arange(n, device=device), kept.nonzero()[0])
+        part = _losses_and_norms(model, loss, tuple(t[filled] for t in batch), method)
+        found = [p[kept] for p in part]
+        others = [] if draws else _losses_and_norms(model, loss, tuple(t[kept] for t in batch), method)
+        for before, after in [*zip(whole, found), *zip(whole, others)]:
             allowed = SELF_TEST_TOLERANCE * before.abs() + 1e-5 * before.abs().max() + 1e-9
-            if not ((before - after).abs() <= allowed)[kept].all():
+            if not ((before[kept] - after).abs() <= allowed[kept]).all():
                 raise RuntimeError("This model mixes records: a record's loss depends on the others in its batch.")
 
 
@@ -397,6 +411,11 @@ def _parts(n, owners, most, device):
             parts.append([])
         parts[-1].append(images)
     return [torch.cat(part) for part in parts]
+
+
+def _numbered(owners, images):
+    """The owners of some images, numbered from 0 without a gap."""
+    return None if owners is None else torch.unique(owners[images], return_inverse=True)[1]
 
 
 def _trained(model):

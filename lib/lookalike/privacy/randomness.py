@@ -7,6 +7,7 @@ of four normals (Holohan and Braghin 2021, arXiv 2107.10138), and the noisy sum 
 defence, whose rounding does most of it, and not a proof about floating point.
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -17,6 +18,12 @@ MODES = {
     "release": "noise and batches from the operating system's randomness, which is not stored",
 }
 COMPOSED = 4
+
+
+def stream(seed, purpose):
+    """A CPU generator of its own for each purpose: equal seeds would draw the noise from the weights' numbers."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def source(mode, generator=None):
@@ -32,12 +39,15 @@ class Seeded:
 
     def normal(self, shape):
         """Standard normal numbers, float32, where the generator lives."""
-        device = self.generator.device if self.generator else "cpu"
-        return torch.empty(shape, device=device).normal_(generator=self.generator)
+        return torch.empty(shape, device=self._device()).normal_(generator=self.generator)
 
     def chosen(self, n, rate):
         """Whether each of n records enters, each on its own: bool (n,)."""
-        return torch.rand(n, generator=self.generator) < rate
+        uniform = torch.rand(n, dtype=torch.float64, generator=self.generator, device=self._device())
+        return (uniform < rate).cpu()  # in float32 a rate of one in a million would be drawn a hundredth too often
+
+    def _device(self):
+        return self.generator.device if self.generator else "cpu"
 
 
 class Secret:

@@ -37,7 +37,9 @@ def train_gan(
     leaky = as_published or not privacy  # made labels and batch sizes come from the real batch
     public = generator if leaky else _branch(generator)
     streams = {"batches": generator} | ({} if leaky else {"public": public})
-    schedule = Schedule(0.0 if privacy else math.log(2), every=0 if leaky else generator_every)
+    if not generator_every >= 1:
+        raise ValueError(f"generator_every must be 1 or more discriminator steps, not {generator_every}.")
+    schedule = Schedule(0.0 if privacy else math.log(2), every=None if leaky else generator_every)
     state = resume(checkpoint, modules, adam, streams, private)
     state.setdefault("generator_steps", 0)
     schedule.__dict__.update(state.pop("schedule", {}))
@@ -76,19 +78,19 @@ def train_gan(
 class Schedule:
     """When the generator trains after a discriminator step.
 
-    every > 0: after each `every`-th one. Else the authors' rule on a moving average (0.9) of the discriminator's loss:
+    every: after each `every`-th one. None: the authors' rule on a moving average (0.9) of the discriminator's loss:
     in the first 6 steps, after 50 steps without, or while the average is within 0.6 of `target` (ln 2 without privacy,
     0 with).
     """
 
-    def __init__(self, target, every=0):
+    def __init__(self, target, every=None):
         self.target, self.every, self.steps, self.waited, self.average = target, every, 0, 0, None
 
     def says_go(self, losses):
         """Counts the step; `losses` (N,) are read only by the authors' rule."""
         self.steps += 1
         self.waited += 1
-        go = self.waited >= self.every if self.every else self._authors_rule(losses)
+        go = self._authors_rule(losses) if self.every is None else self.waited >= self.every
         if go:
             self.waited = 0
         return go

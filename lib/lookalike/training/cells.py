@@ -4,7 +4,6 @@ Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 4.2.1. Chapter: no_
 a run: they take a folder and plain settings, resume after a kill, and give back plain numbers.
 """
 
-import hashlib
 import inspect
 import math
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lookalike.models.gan import Discriminator, Generator, discriminator_loss
 from lookalike.models.vae import ConditionalVAE, vae_loss
 from lookalike.privacy import audit
 from lookalike.privacy.dpsgd import Privacy
+from lookalike.privacy.randomness import stream
 from lookalike.training.adversarial import train_gan
 from lookalike.training.checkpoint import Checkpoint, load_weights, save_weights
 from lookalike.training.likelihood import train_ddpm, train_vae
@@ -132,12 +132,6 @@ def draw_samples(model, num_classes, per_class, seed, device="cpu"):
     return {"images": torch.as_tensor(datasets.to_uint8(images)), "labels": labels}
 
 
-def stream(seed, purpose):
-    """A CPU generator of its own for each purpose: equal seeds would draw the noise from the weights' numbers."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 def load_samples(folder):
     """A trained cell's samples: images uint8 (N, C, S, S) and labels (N,), both numpy."""
     samples = load_file(Path(folder) / "samples.safetensors")
@@ -159,7 +153,7 @@ def audit_cell(trained, *, steps, canaries, audit_seed=0, **settings):
         raise ValueError("This cell was trained without noise: its epsilon is infinite, and there is nothing to audit.")
     images = select_role(whole, known["role"], per_class, known["query_class"])
     data = datasets.as_tensor(images), torch.as_tensor(images.labels)
-    torch.manual_seed(audit_seed)
+    torch.manual_seed(stream(audit_seed, "audited losses").initial_seed())
     model, step_loss = _resumed(Path(trained) / "checkpoint", known, classes, images.images.shape[1])
     what = f"{known['family']}, sigma {known['sigma']}, {known['role']}, {known['data']}"
     white = audit.audit_training(
@@ -198,9 +192,8 @@ def _audit_released(what, trained, whole, per_class, privacy, steps):
     candidates = whole.images[np.concatenate(rows)]
     lower = audit.audit_samples(candidates, np.tile(included, len(rows)), load_samples(trained)[0])
     lower = replace(lower, assumption=f"{lower.assumption} Here no coin chose: members come first in the file.")
-    return audit.bracket(
-        what, privacy, steps, f"black box, {len(candidates)} images near released samples", lower
-    ).row()
+    name = f"black box, {len(candidates)} images near released samples"
+    return audit.bracket(what, privacy, steps, name, lower, verdict=False).row()
 
 
 def measure_cell(folder, *, trained, data, real_per_class, **settings):
