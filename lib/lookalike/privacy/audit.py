@@ -185,9 +185,7 @@ def _one_step(privacy):
 
 def _stock_epsilon(engine, privacy):
     """What Opacus' own accountant says of one of the steps taken."""
-    from opacus.accountants import RDPAccountant
-
-    one, (noise_multiplier, sample_rate, _) = RDPAccountant(), engine.accountant.history[0]
+    one, (noise_multiplier, sample_rate, _) = type(engine.accountant)(), engine.accountant.history[0]
     one.history = [(noise_multiplier, sample_rate, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the best order is the largest one: a looser bound is still a bound
