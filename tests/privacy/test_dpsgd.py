@@ -371,6 +371,21 @@ def test_tied_weights_are_refused_by_the_self_test_and_right_under_vmap():
     assert update(model, torch.randn(7, 4), method="vmap")[1].steps == 1
 
 
+def test_an_empty_first_batch_does_not_use_up_the_self_test(monkeypatch):
+    drawn = iter([0, 7])
+    monkeypatch.setattr(randomness.Seeded, "chosen", lambda self, n, rate: torch.arange(n) < next(drawn))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    private = training(model, x := torch.randn(7, 4))
+    for rows in private.batches(2):
+        if len(rows):
+            with pytest.raises(RuntimeError, match="use method='vmap'"):
+                private.step(squared, x[rows])
+            break
+        private.step(squared, x[rows])
+    assert private.steps == 1
+
+
 def test_the_self_test_sees_a_wrong_gradient():
     model, x = wide(), torch.randn(4, 200)
     right, _, norms = clipped_sum(model, squared, (x,), float("inf"))

@@ -100,7 +100,8 @@ class PrivateTraining:
         self.subjects = _subject_numbers(data, subjects) if privacy.records == "subjects" else None
         self.n = _length(data)
         self.random = randomness.source(privacy.mode, generator)
-        self.steps, self.tested, self._drawn = 0, False, None
+        self.steps, self._drawn = 0, None
+        self._gradients_checked = self._alone_checked = False
         self._refuse_changes()
         check_delta(privacy.delta, self.count)
         check_batch_size(privacy.expected_batch_size, privacy.sample_rate, self.count)
@@ -208,18 +209,20 @@ class PrivateTraining:
         At steps 1, 2, 4, 8 ...: weights that begin at zero hide a mixture, and a loss may change. One record alone
         cannot show one: then the next batch is looked at too.
         """
-        if self.tested and self.steps & (self.steps + 1):
+        if self._alone_checked and self._gradients_checked and self.steps & (self.steps + 1):
             return
         some = _parts(len(batch[0]), owners, self.max_images, batch[0].device)[0]
         batch, owners = tuple(t[some] for t in batch), _numbered(owners, some)
         draws = check_loss(self.model, loss, batch)
         if len(batch[0]) > 1:
             check_alone(self.model, loss, batch, self.method, draws, torch.Generator().manual_seed(self.steps))
-            self.tested = True
-        if not self.steps and not (draws and self.method == "vmap"):  # vmap draws dropout masks in another order
+            self._alone_checked = True
+        comparable = not (draws and self.method == "vmap")  # vmap draws dropout masks in another order
+        if comparable and not self._gradients_checked:
             ours, norms = _unclipped(self.model, loss, batch, self.method, owners)
             with torch.random.fork_rng(devices=_cuda(self.model)):
                 check_gradients(self.model, loss, batch, ours, norms, owners)
+        self._gradients_checked = True
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def check_loss(model, loss, batch):
     if changed:
         raise ValueError(f"The buffer {changed[0]} takes in the batch without noise; freeze its layer with eval().")
     with torch.no_grad(), torch.random.fork_rng(devices=_cuda(model)):
-        torch.rand(1)  # the same call from another place of the stream
+        torch.rand(1), torch.rand(1, device=batch[0].device)  # the same call from another place of the streams
         return not torch.allclose(losses, loss(model, *batch), rtol=1e-4, atol=1e-6)
 
 
