@@ -75,7 +75,8 @@ def test_what_is_kept_stands_on_the_page_and_a_contradiction_is_marked(book, mon
     brackets.audit_stages("toy", "small", ["train/private"], steps=3, canaries=40, keep=True)
     document = brackets.kept()["toy/small/train/private"]
     text = pages.brackets()
-    assert "vae, sigma 0.5, ablated, digits (small run, study mode)" in text
+    assert "small run, **white box, 40 canaries in one run**: records are images, study mode, delta 1e-05" in text
+    assert "| vae, sigma 0.5, ablated, digits | 3 |" in text
     assert "no contradiction" in text
     assert 'class="contradiction"' not in text
     document["rows"][0] |= {"lower": 1e9, "contradiction": True}

@@ -232,56 +232,43 @@ def brackets() -> str:
     """Accounted and audited epsilon of every kept audit; a contradiction is marked for the style sheet's red."""
     from lookalike import brackets as audits
 
-    header = [
-        "training",
-        "audit",
-        "protects",
-        "steps",
-        "delta",
-        "accounted (upper)",
-        "audited (lower)",
-        "if Gaussian",
-        "verdict",
-    ]
     kept, parts = audits.kept(), []
     if test := kept.pop("self-test", None):
-        rows = [_engine_cells(name, test["engines"][name]) for name in ("stock", "ours")]
-        parts += [f"**One step on 31 images, or on 30** ({_audited(test)})", table(header, rows)]
+        title = f"**One step on 31 images or on 30**: records are images, delta 1e-05, {_audited(test)}"
+        parts += [title, table(_BRACKET, [_engine_cells(name, test["engines"][name]) for name in ("stock", "ours")])]
     for chapter in runner.chapter_names():
-        chosen = {name: found for name, found in kept.items() if name.startswith(f"{chapter}/")}
-        if not chosen:
-            continue
-        made = "; ".join(dict.fromkeys(map(_audited, chosen.values())))
-        parts += [f"**{{doc}}`/chapters/{chapter}`** ({made})"]
-        parts += [table(header, [_bracket_cells(row, found) for found in chosen.values() for row in found["rows"]])]
+        groups = {}
+        for name, document in kept.items():
+            for row in document["rows"] if name.startswith(f"{chapter}/") else []:
+                groups.setdefault(_group(row, document), []).append(_bracket_cells(row))
+        for title, rows in groups.items():
+            parts += [f"**{{doc}}`/chapters/{chapter}`**, {title}", table(_BRACKET, rows)]
     return "\n\n".join(parts) or "No audit is kept yet."
+
+
+_BRACKET = ["training", "steps", "accounted (upper)", "audited (lower)", "if Gaussian", "verdict"]
 
 
 def _audited(document: dict) -> str:
     return f"audited on {day(document['made'])}, code of commit `{document['provenance']['commit'][:10]}`"
 
 
+def _group(row: dict, document: dict) -> str:
+    """What the rows of one table have in common."""
+    run = f"{document['scale']} run" + (" with changed settings" if document["changed"] else "")
+    rest = f"records are {row['unit']}, {row['mode']} mode, delta {row['delta']:g}, {_audited(document)}"
+    return f"{run}, **{row['audit']}**: {rest}"
+
+
 def _engine_cells(name: str, found: dict) -> list:
     title = {"stock": "Opacus 1.6 as it comes", "ours": "this library"}[name]
     bad = found["lower"] > found["accounted"]
-    audit = "white box, 200 noisy gradients"
-    numbers = [_number(found["accounted"]), _number(found["lower"]), ""]
-    return [title, audit, "images", 1, "1e-05", *numbers, _verdict(bad)]
+    return [title, 1, _number(found["accounted"]), _number(found["lower"]), "", _verdict(bad)]
 
 
-def _bracket_cells(row: dict, document: dict) -> list:
-    run = f"{document['scale']} run" + (", settings changed" if document["changed"] else "")
-    what = f"{row['what']} ({run}, {row['mode']} mode)"
-    numbers = [_number(row["accounted"]), _number(row["lower"]), _number(row["if_gaussian"])]
-    return [
-        what,
-        row["audit"],
-        row["unit"],
-        row["steps"],
-        f"{row['delta']:g}",
-        *numbers,
-        _verdict(row["contradiction"]),
-    ]
+def _bracket_cells(row: dict) -> list:
+    numbers = [_number(row[key]) for key in ("accounted", "lower", "if_gaussian")]
+    return [row["what"], row["steps"], *numbers, _verdict(row["contradiction"])]
 
 
 def _number(value: float | None) -> str:
