@@ -8,28 +8,12 @@ from lookalike import brackets, pages, paths
 from lookalike.files import ResultsError, read_json
 from lookalike.results import Run
 from lookalike.training import cells
+from toy_stages import CHAPTER
 
 SETTINGS = {
     "data": "digits", "family": "vae", "sigma": 0.5, "seed": 0, "role": "ablated", "width": 8, "epochs": 1,
     "images_per_class": 2, "query_class": 3, "samples_per_class": 2, "batch_size": 10,
 }  # fmt: skip
-
-CHAPTER = """\
----
-jupytext:
-  text_representation: {extension: .md, format_name: myst}
-kernelspec: {display_name: Python 3, name: python3}
----
-
-# A toy
-
-```{code-cell} ipython3
-:tags: [parameters]
-
-seed: int = 0
-run_name: str = "small"
-```
-"""
 
 
 @pytest.fixture

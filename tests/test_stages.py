@@ -17,21 +17,7 @@ from nbclient import NotebookClient
 
 from lookalike import files, results, stages
 from lookalike.training.checkpoint import load_weights
-from toy_stages import count_calls, draw, fail, net, read_other, return_nothing, sleep, start, train, vanish
-
-CHAPTER = """---
-chapter: toy
-kernelspec: {name: python3, display_name: Python 3, language: python}
----
-# Toy
-
-```{code-cell} ipython3
-:tags: [parameters]
-
-seed: int = 0
-run_name: str = "small"
-```
-"""
+from toy_stages import CHAPTER, count_calls, draw, fail, net, read_other, return_nothing, sleep, start, train, vanish
 
 
 @pytest.fixture

@@ -13,6 +13,20 @@ from torch import nn
 from lookalike.files import read_json
 from lookalike.training.checkpoint import Checkpoint, save_weights
 
+CHAPTER = """---
+chapter: toy
+kernelspec: {name: python3, display_name: Python 3, language: python}
+---
+# Toy
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+seed: int = 0
+run_name: str = "small"
+```
+"""
+
 
 def start(run_name="small", resume=False, seed=0):
     """A run of the chapter that the fixture `book` writes."""

@@ -31,9 +31,10 @@ def self_test(seed=0, keep=False):
     """{"stock": {"accounted", "lower"}, "ours": ...} of `audit.self_test`."""
     from lookalike.privacy import audit
 
+    document = _begun(keep) | {"seed": seed, "records": audit.RECORDS, "delta": audit.DELTA}
     found = audit.self_test(seed=seed)
     if keep:
-        _keep("self-test", {"seed": seed, "engines": found})
+        _keep("self-test", document | {"engines": found})
     return found
 
 
@@ -49,19 +50,13 @@ def audit_stages(chapter, run_name, stages, steps, canaries, seed=0, keep=False)
         )
     run, rows = load_run(folder / "run.json"), []
     for name in stages:
-        found = _audit(folder / "stages" / name, private[name], steps, canaries, seed)
-        document = {
-            "chapter": chapter,
-            "run": run["id"],
-            "scale": run["scale"],
-            "changed": run["changed"],
-            "stage": name,
-        }
-        document |= {"canaries": canaries, "seed": seed, "provenance": provenance(), "rows": found}
+        document = _begun(keep) | {"chapter": chapter, "run": run["id"], "stage": name, "canaries": canaries}
+        document |= {"scale": run["scale"], "changed": run["changed"], "seed": seed}
+        document["rows"] = _audit(folder / "stages" / name, private[name], steps, canaries, seed)
         write_json(folder / "audit" / f"{name.replace('/', '~')}.json", document)
         if keep:
             _keep(f"{chapter}/{run_name}/{name}", document)
-        rows += found
+        rows += document["rows"]
     return rows
 
 
@@ -98,14 +93,16 @@ def _private_stages(folder):
     return found
 
 
-def _keep(name, document):
+def _begun(keep):
+    """When and by what code an audit is made; refused before any work if it could not be kept."""
     state = provenance()
-    if state["dirty"] is not False:
+    if keep and state["dirty"] is not False:
         raise ResultsError("An audit is kept only of committed code: commit and audit again.")
-    everything = kept() | {
-        name: {"made": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": state} | document
-    }
-    write_json(_path(), dict(sorted(everything.items())))
+    return {"made": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": state}
+
+
+def _keep(name, document):
+    write_json(_path(), dict(sorted((kept() | {name: document}).items())))
 
 
 def _path():

@@ -234,7 +234,8 @@ def brackets() -> str:
 
     kept, parts = audits.kept(), []
     if test := kept.pop("self-test", None):
-        title = f"**One step on 31 images or on 30**: records are images, delta 1e-05, {_audited(test)}"
+        sizes = f"{test['records']} images or on {test['records'] - 1}"
+        title = f"**One step on {sizes}**: records are images, delta {test['delta']:g}, {_audited(test)}"
         parts += [title, table(_BRACKET, [_engine_cells(name, test["engines"][name]) for name in ("stock", "ours")])]
     for chapter in runner.chapter_names():
         groups = {}
@@ -255,7 +256,8 @@ def _audited(document: dict) -> str:
 
 def _group(row: dict, document: dict) -> str:
     """What the rows of one table have in common."""
-    run = f"{document['scale']} run" + (" with changed settings" if document["changed"] else "")
+    changed = ", ".join(f"`{name}={value}`" for name, value in document["changed"].items())
+    run = f"{document['scale']} run" + (f" (changed: {changed})" if changed else "")
     rest = f"records are {row['unit']}, {row['mode']} mode, delta {row['delta']:g}, {_audited(document)}"
     return f"{run}, **{row['audit']}**: {rest}"
 
