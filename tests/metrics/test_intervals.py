@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, binomtest
 
-from lookalike.metrics.intervals import over_seeds, weakest
+from lookalike.metrics.intervals import clopper_pearson, over_seeds, weakest
 
 
 def test_three_seeds_meet_the_table_of_student():
@@ -38,3 +39,16 @@ def test_two_margins_of_chance_seldom_make_or_break_a_claim():
 
 def test_what_is_not_defined_says_so():
     assert over_seeds([1.0, np.nan])["note"] == "not defined for these images"
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (3, 10), (61, 100)])
+def test_clopper_pearson_equals_scipy(successes, n):
+    exact = binomtest(successes, n).proportion_ci(0.95, method="exact")
+    assert clopper_pearson(successes, n) == pytest.approx((exact.low, exact.high), abs=1e-10)
+
+
+def test_clopper_pearson_covers():
+    for p in (0.02, 0.5, 0.9):
+        intervals = [clopper_pearson(k, 20) for k in range(21)]
+        covered = sum(binom.pmf(k, 20, p) for k, (low, high) in enumerate(intervals) if low <= p <= high)
+        assert covered >= 0.95

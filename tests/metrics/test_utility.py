@@ -6,7 +6,6 @@ from scipy.stats import binom, binomtest
 from lookalike.metrics.utility import (
     Classifier,
     accuracy,
-    clopper_pearson,
     majority,
     predict,
     score,
@@ -124,19 +123,6 @@ def test_balanced_accuracy_weighs_classes_equally():
     found = score([0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1], 2)
     assert found["accuracy"] == pytest.approx(5 / 6)
     assert found["balanced_accuracy"] == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (3, 10), (61, 100)])
-def test_clopper_pearson_equals_scipy(successes, n):
-    exact = binomtest(successes, n).proportion_ci(0.95, method="exact")
-    assert clopper_pearson(successes, n) == pytest.approx((exact.low, exact.high), abs=1e-10)
-
-
-def test_clopper_pearson_covers():
-    for p in (0.02, 0.5, 0.9):
-        intervals = [clopper_pearson(k, 20) for k in range(21)]
-        covered = sum(binom.pmf(k, 20, p) for k, (low, high) in enumerate(intervals) if low <= p <= high)
-        assert covered >= 0.95
 
 
 def test_prediction_does_not_depend_on_the_batch():

@@ -29,3 +29,11 @@ def weakest(*margins, level=0.9):
     found = [over_seeds(margin, level) for margin in margins]
     smallest = {key: None if None in (v := [f[key] for f in found]) else min(v) for key in ("value", "low", "high")}
     return smallest | {"n": min(f["n"] for f in found)}
+
+
+def clopper_pearson(successes, n, level=0.95):
+    """Exact interval (low, high) of a share: covers the truth with a probability of at least `level`."""
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, successes, n - successes + 1) if successes > 0 else 0.0
+    high = stats.beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
+    return float(low), float(high)

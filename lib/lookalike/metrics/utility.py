@@ -8,10 +8,10 @@ real images as training set, and `majority`, give the rows to read it against.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import beta
 from torch import nn
 
 from lookalike.metrics import as_images
+from lookalike.metrics.intervals import clopper_pearson
 from lookalike.models.gan import trunk
 
 
@@ -120,14 +120,6 @@ def score(predicted, labels, num_classes):
         "chance": 1 / num_classes,
         "n": len(right),
     }
-
-
-def clopper_pearson(successes, n, level=0.95):
-    """Exact interval (low, high) of a share: covers the truth with a probability of at least `level`."""
-    tail = (1 - level) / 2
-    low = beta.ppf(tail, successes, n - successes + 1) if successes > 0 else 0.0
-    high = beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
-    return float(low), float(high)
 
 
 def _check_labels(labels, count, num_classes, what):

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import expit, ndtr, ndtri
 from scipy.stats import binom
 
-from lookalike.metrics.utility import clopper_pearson
+from lookalike.metrics.intervals import clopper_pearson
 
 MIN_TRIALS = 10
 PILOT_SHARE = 0.2  # 0.1 to 0.5 tried on Gaussian scores: less picks poor ranks, more leaves too few trials to count
