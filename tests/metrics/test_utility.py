@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, binomtest
 
 from lookalike.metrics.utility import (
     Classifier,

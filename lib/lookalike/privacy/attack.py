@@ -106,7 +106,7 @@ def _scores(values, what):
 
 
 def _placements(members, non_members):
-    """For each member the share of non-members that it passes, for each non-member the share of members that pass it."""
+    """For each member the share of non-members that it passes, for each non-member that of members passing it."""
     n, m = len(members), len(non_members)
     together = rankdata(np.concatenate([members, non_members]))
     parts_in = (together[:n] - rankdata(members)) / m
