@@ -1,16 +1,17 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.distance import cdist
 
 from lookalike.metrics import distances
 from lookalike.metrics.distances import (
     class_score,
     frechet_distance,
+    frechet_infinity,
     kernel_distance,
-    nearest,
+    kernel_distance_subsets,
     precision_recall_density_coverage,
 )
 
@@ -70,6 +71,103 @@ def test_frechet_of_a_set_with_itself_is_zero_at_working_size():
     assert frechet_distance(rows, rows[::-1]) < 1e-6
 
 
+def features(seed, n, dim, rank=None, shift=0.0):
+    """Rectified and correlated, as a network's are; of `rank` dimensions, unrectified."""
+    mix = np.random.default_rng(99).normal(size=(rank or dim, dim)) / np.sqrt(dim)
+    rows = draw(seed, n, rank or dim) @ mix + shift
+    return np.maximum(rows, 0) if rank is None else rows
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(300, 200, 40), (300, 30, 40), (25, 30, 60)])
+def test_frechet_equals_torch_fidelity_and_torchmetrics(n, m, dim):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torchmetrics.image.fid import _compute_fid
+
+    sets = [torch.tensor(features(seed, rows, dim, shift=0.1 * seed)) for seed, rows in ((0, n), (1, m))]
+    statistics = [fid_features_to_statistics(rows) for rows in sets]
+    found = frechet_distance(*(rows.numpy() for rows in sets))
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    tensors = [torch.tensor(one[key]) for one in statistics for key in ("mu", "sigma")]
+    # where N < D their eigenvalues of a singular product are rounding, of which the root is taken
+    tolerance = 1e-9 if min(n, m) > dim else 1e-6
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert found == pytest.approx(_compute_fid(*tensors).item(), rel=tolerance)
+
+
+@pytest.mark.parametrize(("n", "dim", "rank"), [(200, 50, 20), (40, 100, 10), (30, 100, 29)])
+def test_frechet_of_covariances_without_full_rank(n, dim, rank):
+    """Both sets lie in one subspace: there it is the full-rank distance, and 0 to itself."""
+    real, synthetic = features(0, n, dim, rank), features(1, n, dim, rank, shift=0.1)
+    shift = np.full(dim, 0.1)
+    basis, _ = np.linalg.qr(np.concatenate([real, synthetic - shift])[: rank + 5].T)
+    low = [(rows - part) @ basis[:, :rank] for rows, part in ((real, 0), (synthetic, shift))]
+    gap = np.square(real.mean(0) - synthetic.mean(0)).sum()
+    gap_low = np.square(low[0].mean(0) - low[1].mean(0)).sum()
+    expected = frechet_by_square_root(*low) - gap_low + gap
+    assert frechet_distance(real, synthetic) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(1000 * real, 1000 * real[::-1]) < 1e-6
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
+@pytest.mark.parametrize("turned", [False, True])
+def test_frechet_by_the_covariance_equals_it_by_the_rows(monkeypatch, smallest, turned):
+    """Directions as flat as they come; turned: flat ones of one set are the wide ones of the other."""
+    scale = np.geomspace(1, max(smallest, 1e-7), 30) * (np.arange(30) < 25 if smallest == 0 else 1)
+    mix = np.linalg.qr(draw(9, 30, 30))[0]
+    real, synthetic = draw(0, 200, 30) * scale @ mix, draw(1, 90, 30) * scale[:: -1 if turned else 1] @ mix
+    found, itself = frechet_distance(real, synthetic), frechet_distance(1000 * real, 1000 * real[::-1])
+    monkeypatch.setattr(distances, "FLAT", np.inf)
+    assert found == pytest.approx(frechet_distance(real, synthetic), rel=1e-7)
+    assert itself < 1e-6
+
+
+def test_frechet_takes_float32_and_computes_in_float64():
+    real, synthetic = (features(seed, 100, 300).astype(np.float32) for seed in (0, 1))
+    expected = frechet_distance(real.astype(np.float64), synthetic.astype(np.float64))
+    assert frechet_distance(real, synthetic) == expected
+    assert frechet_distance(torch.tensor(real), torch.tensor(synthetic)) == expected
+
+
+def gaussians(seed, n, m, dim=16):
+    scale = np.geomspace(1, 0.05, dim)
+    truth = np.square(0.1 * scale).sum() + 0.05**2 * dim
+    return draw(seed, n, dim) * scale, draw(seed + 1, m, dim) * 1.1 * scale + 0.05, truth
+
+
+def test_frechet_infinity_removes_the_bias_of_both_sets_or_of_one():
+    """Twelve draws of Gaussians with a known distance."""
+    plain, both, one, truth = [], [], [], 0.0
+    for seed in range(0, 24, 2):
+        real, synthetic, truth = gaussians(seed, 200, 300)
+        plain.append(frechet_distance(real, synthetic))
+        both.append(frechet_infinity(real, synthetic).value)
+        one.append(frechet_infinity(real, synthetic, both=False).value)
+    error = 3 * np.std(both, ddof=1) / np.sqrt(len(both))
+    assert abs(np.mean(both) - truth) < error < 0.5 * truth
+    assert truth + error < np.mean(one) < np.mean(plain) - error
+
+
+def test_frechet_infinity_is_the_intercept_of_the_line():
+    real, synthetic, _ = gaussians(0, 60, 90)
+    found = frechet_infinity(real, synthetic, both=False, points=4, smallest=0.4, seed=3)
+    rng, inverse, values = np.random.default_rng(3), [], []
+    for share in (0.4, 0.6, 0.8, 1.0):
+        inverse.append(1 / share)
+        values.append(frechet_distance(real, synthetic[rng.permutation(90)[: round(90 * share)]]))
+    (slope, intercept), covariance = np.polyfit(inverse, values, 1, cov=True)
+    assert found.value == pytest.approx(intercept)
+    assert found.standard_error == pytest.approx(np.sqrt(covariance[1, 1]))
+    assert slope > 0
+    assert frechet_infinity(real, synthetic) == frechet_infinity(real, synthetic)
+    assert frechet_infinity(real, synthetic) != frechet_infinity(real, synthetic, seed=1)
+
+
+@pytest.mark.parametrize("settings", [{"points": 2}, {"smallest": 1.0}, {"smallest": 0.1}])
+def test_frechet_infinity_refuses_what_makes_no_line(settings):
+    with pytest.raises(ValueError, match="The line needs three points"):
+        frechet_infinity(draw(0), draw(1), **settings)
+
+
 def kernel_distance_by_loops(real, synthetic):
     def k(a, b):
         return (a @ b / len(a) + 1) ** 3
@@ -80,10 +178,13 @@ def kernel_distance_by_loops(real, synthetic):
     return within(real) + within(synthetic) - 2 * np.mean([k(a, b) for a in real for b in synthetic])
 
 
-@pytest.mark.parametrize("chunk", [3, 2048])
-def test_kernel_distance_and_its_error_equal_loops(monkeypatch, chunk):
-    original = distances._kernel_sums
-    monkeypatch.setattr(distances, "_kernel_sums", lambda x, y: original(x, y, chunk))
+@pytest.fixture(params=[1, 30, 2**23])
+def chunks(request, monkeypatch):
+    """One row at a time, some, and everything at once."""
+    monkeypatch.setattr(distances, "PAIRS", request.param)
+
+
+def test_kernel_distance_and_its_error_equal_loops(chunks):
     x, y = draw(0, 7), draw(1, 9, shift=0.5)
     found = kernel_distance(x, y)
     assert found.value == pytest.approx(kernel_distance_by_loops(x, y), rel=1e-10)
@@ -112,6 +213,43 @@ def test_kernel_distance_is_symmetric_and_blind_to_order(seed):
     for other in (kernel_distance(y, x), kernel_distance(x[::-1], y[::-1])):
         assert other.value == pytest.approx(kernel_distance(x, y).value, abs=1e-12)
         assert other.standard_error == pytest.approx(kernel_distance(x, y).standard_error, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m", "size"), [(60, 50, 50), (90, 70, 20), (500, 400, 30)])
+def test_subsets_equal_torch_fidelity_draw_by_draw(n, m, size, chunks):
+    """The last case takes them one by one: one matrix would be larger than all of theirs."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    real, synthetic = features(0, n, 40), features(1, m, 40, shift=0.1)
+    found = kernel_distance_subsets(real, synthetic, subsets=20, size=size, seed=7)
+    settings = {"kid_subsets": 20, "kid_subset_size": size, "rng_seed": 7, "verbose": False}
+    expected = kid_features_to_metric(torch.tensor(real), torch.tensor(synthetic), **settings)
+    assert found.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert found.spread == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-9, abs=1e-15)
+
+
+def test_subsets_of_everything_equal_all_pairs_and_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    real, synthetic = features(0, 50, 40), features(1, 50, 40, shift=0.1)
+    found = kernel_distance_subsets(real, synthetic, subsets=3, size=50)
+    assert found.mean == pytest.approx(kernel_distance(real, synthetic).value, rel=1e-9)
+    assert found.mean == pytest.approx(poly_mmd(torch.tensor(real), torch.tensor(synthetic)).item(), rel=1e-9)
+    assert found.spread < 1e-12  # no evidence of anything: every subset is the whole set
+
+
+def test_features_are_left_as_they_were(chunks):
+    real, synthetic = draw(0, 30), draw(1, 30)
+    before = real.copy(), synthetic.copy()
+    kernel_distance_subsets(real, synthetic, size=10), precision_recall_density_coverage(real, synthetic)
+    kernel_distance(real, synthetic), frechet_distance(real, synthetic), frechet_infinity(real, synthetic)
+    np.testing.assert_array_equal((real, synthetic), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": 2}, {"size": 13}, {"size": 5, "subsets": 0}])
+def test_subsets_larger_than_the_sets_are_refused(settings):
+    with pytest.raises(ValueError, match="`size` must be from 3 to 12, the smaller set"):
+        kernel_distance_subsets(draw(0), draw(1, 20), **settings)
 
 
 def test_class_score_equals_loops():
@@ -145,13 +283,46 @@ def manifold_by_loops(real, synthetic, k):
 
 
 @few
-@given(seeds, st.integers(1, 4))
-def test_precision_recall_density_coverage_equal_loops(seed, k):
+@given(seeds, st.integers(1, 4), st.sampled_from([1, 30, 2**23]))
+def test_precision_recall_density_coverage_equal_loops(seed, k, pairs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distances, "PAIRS", pairs)
+        check_manifolds(seed, k)
+
+
+def check_manifolds(seed, k):
     real, synthetic = draw(seed, 14), draw(seed + 1, 11, shift=0.8)
     found = precision_recall_density_coverage(real, synthetic, k)
     assert found == pytest.approx(manifold_by_loops(real, synthetic, k))
     swapped = precision_recall_density_coverage(synthetic, real, k)
     assert (swapped["precision"], swapped["recall"]) == (found["recall"], found["precision"])
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(80, 60, 3), (50, 90, 5)])
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_precision_and_the_rest_equal_torch_fidelity_and_prdc(n, m, k, kind):
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, synthetic = features(0, n, 30).astype(kind), features(1, m, 30, shift=0.05).astype(kind)
+    found = precision_recall_density_coverage(real, synthetic, k)
+    settings = {"prc_neighborhood": k, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
+    theirs = prc_features_to_metric(torch.tensor(synthetic), torch.tensor(real), **settings)
+    assert 0 < found["recall"] < 1 > found["precision"] > 0
+    for name in ("precision", "recall"):
+        assert found[name] == pytest.approx(theirs[name], rel=1e-6)
+    prdc = pytest.importorskip("prdc", reason="prdc comes with the extra `bench`")
+    assert found == pytest.approx(prdc.compute_prdc(real, synthetic, k), rel=1e-6)
+
+
+def test_coverage_of_equal_distributions_is_what_the_paper_says():
+    """Naeem et al. 2020, Lemma 2: 1 - (N-1)...(N-k) / ((2N-1)...(2N-k)); expected density is 1."""
+    n, k = 60, 3
+    found = [precision_recall_density_coverage(draw(2 * i, n, 8), draw(2 * i + 1, n, 8), k) for i in range(60)]
+    expected = 1 - np.prod([(n - i) / (2 * n - i) for i in range(1, k + 1)])
+    for name, value in (("coverage", expected), ("density", 1.0)):
+        values = [one[name] for one in found]
+        error = np.std(values, ddof=1) / np.sqrt(60)
+        assert abs(np.mean(values) - value) < 4 * error < 0.1
 
 
 def test_equal_images_tie_whatever_rounding_does():
@@ -169,42 +340,6 @@ def test_precision_and_recall_see_copies_collapse_and_garbage():
     assert collapsed["recall"] == 0
     assert collapsed["coverage"] < 0.3
     assert set(precision_recall_density_coverage(real, real + 100).values()) == {0}
-
-
-@few
-@given(seeds, st.integers(1, 9), st.integers(1, 9))
-def test_nearest_equals_all_pairs(seed, n, m):
-    queries, reference = draw(seed, n).astype(np.float32), draw(seed + 1, m).astype(np.float32)
-    found, index = nearest(queries, reference, chunk=4)
-    every = cdist(queries.astype(np.float64), reference.astype(np.float64))
-    np.testing.assert_allclose(found, every.min(1), rtol=1e-6)
-    np.testing.assert_array_equal(index, every.argmin(1))
-
-
-def test_nearest_is_exact_on_near_copies_far_from_the_origin():
-    reference = draw(0, 300, 500, shift=40).astype(np.float32)
-    step = np.float32(1e-3) * draw(1, 300, 500).astype(np.float32)
-    found, index = nearest(reference + step, reference)
-    exact = np.linalg.norm(((reference + step) - reference).astype(np.float64), axis=1)
-    np.testing.assert_allclose(found, exact, rtol=1e-6)
-    np.testing.assert_array_equal(index, np.arange(300))
-
-
-def test_nearest_tells_copies_apart_that_a_float32_product_cannot():
-    row, step = draw(0, 1, 500, shift=40), 1e-3 * draw(1, 200, 500)
-    reference = np.concatenate([row + step, -row]).astype(np.float32)
-    found, index = nearest(row.astype(np.float32), reference)
-    exact = cdist(row.astype(np.float32).astype(np.float64), reference.astype(np.float64))[0]
-    assert index[0] == exact.argmin()
-    assert found[0] == pytest.approx(exact.min(), rel=1e-6)
-
-
-def test_nearest_names_the_first_of_equal_rows(monkeypatch):
-    monkeypatch.setattr(distances, "PAIRS_AT_ONCE", 5)
-    rows = np.ones((40, 6), np.float32)
-    found, index = nearest(rows[:9] + 1, rows)
-    np.testing.assert_allclose(found, 6**0.5)
-    assert (index == 0).all()
 
 
 @pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall_density_coverage])

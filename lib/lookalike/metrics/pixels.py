@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lookalike.metrics import as_images, to_unit
-from lookalike.metrics.distances import nearest
+from lookalike.metrics.neighbours import nearest
 
 PUBLISHED_SIDE = 299  # the authors upsample before every metric, because Inception wants it
 PAIRINGS = ("as_published", "random", "same_class", "nearest_real")

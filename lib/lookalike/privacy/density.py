@@ -16,7 +16,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from lookalike.metrics import as_array, as_images, to_unit
-from lookalike.metrics.distances import nearest
+from lookalike.metrics.neighbours import nearest
 
 
 @dataclass(frozen=True)
