@@ -56,6 +56,19 @@ def test_the_interval_over_subjects_covers_where_the_plain_one_does_not():
     assert covers(lambda rng: draw(rng, False), 0.5) < 0.75
 
 
+def test_the_interval_covers_where_every_subject_is_on_both_sides():
+    """As in a pool of shadow models: an image that scores high does so as member and as non-member."""
+
+    def draw(rng, known):
+        easy = rng.normal(0, 2, 60)
+        drawn = [np.repeat(easy, 6) + rng.normal(0, 1, 360) for _ in range(2)]
+        subjects = np.repeat(np.arange(60), 6)
+        return attack_result("x", *drawn, *([subjects, subjects] if known else []))
+
+    assert covers(lambda rng: draw(rng, True), 0.5) == pytest.approx(0.95, abs=0.03)
+    assert covers(lambda rng: draw(rng, False), 0.5) > 0.98  # blind to the pairing, so far too wide
+
+
 def test_scores_that_part_have_an_interval_too():
     found = attack_result("x", np.arange(10) + 100.0, np.arange(10.0))
     assert found.auc == found.high == 1

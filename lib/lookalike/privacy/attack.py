@@ -75,17 +75,19 @@ class AttackResult:
         }
 
 
-def attack_result(name, members, non_members, member_subjects=None, non_member_subjects=None, note=""):
+def attack_result(name, members, non_members, member_subjects=None, non_member_subjects=None, note="", level=0.95):
     """`AttackResult` of the scores (N,) of members and (M,) of non-members; larger means more likely a member.
 
     `member_subjects`, `non_member_subjects`: whose image each is. Images of one subject are not independent, so the
-    interval of the AUC is then over subjects (Obuchowski 1997).
+    interval of the AUC is then over subjects, which may be on both sides (Obuchowski 1997). `level`: of that interval;
+    operating points stay at 0.95.
     """
     members, non_members = _scores(members, "members"), _scores(non_members, "non-members")
     parts_in, parts_out = _placements(members, non_members)
     auc = float(parts_in.mean())
-    spread = _variance(parts_in, member_subjects) + _variance(parts_out, non_member_subjects)
-    low, high = _auc_interval(auc, spread, _count(members, member_subjects), _count(non_members, non_member_subjects))
+    spread = _variance(parts_in, parts_out, member_subjects, non_member_subjects)
+    counts = _count(members, member_subjects), _count(non_members, non_member_subjects)
+    low, high = _auc_interval(auc, spread, *counts, level)
     operating = tuple(_operating(members, non_members, rate) for rate in RATES)
     worst = np.argsort(-members, kind="stable")
     return AttackResult(name, auc, low, high, operating, members, non_members, worst, note)
@@ -114,25 +116,32 @@ def _placements(members, non_members):
     return parts_in, parts_out
 
 
-def _variance(parts, subjects):
-    """Variance of the mean of `parts`, whose terms of one subject may go together."""
-    centred = parts - parts.mean()
-    if subjects is None:
-        return centred @ centred / (len(parts) * (len(parts) - 1))
-    subjects = np.asarray(subjects)
-    if subjects.shape != parts.shape:
-        raise ValueError(f"There are {len(parts)} scores and {subjects.size} subjects; each score needs its subject.")
-    sums = np.bincount(np.unique(subjects, return_inverse=True)[1], centred)
-    if len(sums) < 2:
+def _variance(parts_in, parts_out, member_subjects, non_member_subjects):
+    """Variance of the area: what subjects add to it is summed, over both sides, for a subject may be on both."""
+    owners_in = _owners(parts_in, member_subjects, "member")
+    owners_out = _owners(parts_out, non_member_subjects, "non-member")
+    shares = [(parts - parts.mean()) / len(parts) for parts in (parts_in, parts_out)]
+    sums = np.bincount(np.unique(owners_in + owners_out, return_inverse=True)[1], np.concatenate(shares))
+    few = min(len(set(owners_in)), len(set(owners_out)))
+    if few < 2:
         raise ValueError("An interval over subjects needs at least two of them among members and among non-members.")
-    return sums @ sums / len(parts) ** 2 * len(sums) / (len(sums) - 1)
+    return sums @ sums * few / (few - 1)
+
+
+def _owners(parts, subjects, side):
+    """Whose each score is: the subject's name, or a name of its own where subjects are not given."""
+    if subjects is None:
+        return [f"{side} {i}" for i in range(len(parts))]
+    if len(subjects) != len(parts):
+        raise ValueError(f"There are {len(parts)} scores and {len(subjects)} subjects; each score needs its subject.")
+    return [f"subject {subject}" for subject in subjects]
 
 
 def _count(scores, subjects):
     return len(scores) if subjects is None else len(np.unique(subjects))
 
 
-def _auc_interval(area, variance, n, m, level=0.95):
+def _auc_interval(area, variance, n, m, level):
     """DeLong's variance on the logit scale; where the scores hardly overlap it vanishes, and Newcombe's takes over."""
     z = norm.ppf((1 + level) / 2)
     low, high = _newcombe(area, n, m, z)
