@@ -3,11 +3,14 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from lookalike import cli, paths, runner
-from lookalike.data import manifest
+from lookalike.data import manifest, phantoms
+from lookalike.data.plants import plant
 
-VERBS = ["list", "run", "compare", "keep", "audit", "doctor", "data list", "data fetch", "data verify"]
+VERBS = ["list", "run", "compare", "keep", "audit", "evaluate", "card", "calibrate", "doctor"]
+VERBS += ["data list", "data fetch", "data verify"]
 
 CHAPTER = """\
 ---
@@ -107,6 +110,12 @@ def test_list_shows_what_there_is(lookalike):
         (["keep", "tiny"], "There is no run tiny/medium to keep"),
         (["data", "fetch", "mnits"], "The data manifest has no entry 'mnits'"),
         (["data", "verify", "mnits"], "The data manifest has no entry 'mnits'"),
+        (["evaluate", "--real", "no", "--synthetic", "such"], "There is no folder no with real images."),
+        (
+            ["evaluate", "--real", "a", "--synthetic", "b", "--threshold", "auc=1"],
+            "There is no threshold auc; there are copies, attack_auc",
+        ),
+        (["card", "--real", "a", "--synthetic", "b", "--draw", "--restricted"], "One of the sets is restricted"),
         (["audit", "tiny"], "There is no run tiny/small; make it with: lookalike run tiny."),
     ],
 )
@@ -127,6 +136,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lookalike, arguments, sentenc
         ["rum"],
         ["audit"],
         ["audit", "tiny", "--self-test"],
+        ["evaluate", "--real", "real"],
+        ["evaluate", "--real", "a", "--synthetic", "b", "--threshold", "copies"],
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused(lookalike, arguments):
@@ -226,3 +237,53 @@ def test_doctor_finds_this_python_and_what_a_chapter_misses(lookalike):
     assert sys.executable in findings["python"]["found"]
     assert findings["torch"]["ok"]
     assert findings["tiny: data and weights not here"]["found"] == "nothing"
+
+
+# --- anyone's folders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders with one sub-folder per class: 60 training, 60 held-out and 70 released images, 20 of them copies."""
+    made = phantoms.mammography(190, 0, image_size=24).image_set
+    parts = {"real": made.images[:60], "holdout": made.images[60:120], "synthetic": made.images[120:].copy()}
+    parts["synthetic"][:20] = plant(made.images[:20], "shift")
+    for name, images in parts.items():
+        for i, image in enumerate(images):
+            path = tmp_path / name / f"class{i // 2 % 2}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0]).save(path)
+    rows = [f"{name}/class{i // 2 % 2}/{i:03}.png,{name}{i // 2}" for name in ("real", "holdout") for i in range(60)]
+    (tmp_path / "subjects.csv").write_text("file,subject\n" + "\n".join(rows) + "\n")
+    sets = {name: str(tmp_path / name) for name in parts}
+    return [word for name, path in sets.items() for word in (f"--{name}", path)], tmp_path
+
+
+def test_evaluate_finds_copies_in_folders_and_prints_json(lookalike, folders):
+    arguments, root = folders
+    code, out, err = lookalike("evaluate", *arguments, "--subjects", str(root / "subjects.csv"), "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["verdict"] == "fail"
+    assert found["sets"]["real"]["subjects"] == 30
+    assert found["copies"]["flagged"] >= 18
+    assert found["copies"]["worst"][0]["real"].startswith("class")
+
+
+def test_card_writes_three_files(lookalike, folders):
+    arguments, root = folders
+    code, out, _ = lookalike("card", *arguments, "--out", str(root / "card"), "--threshold", "copies=1000", "--json")
+    assert code == 0
+    outcome = json.loads(out)
+    assert [(root / "card" / f"card.{ending}").is_file() for ending in ("json", "md", "html")] == [True] * 3
+    assert outcome["verdict"] == json.loads((root / "card/card.json").read_text())["verdict"]
+    assert json.loads((root / "card/card.json").read_text())["thresholds"]["copies"] == 1000
+
+
+def test_a_known_set_stands_beside_a_folder(lookalike, folders):
+    arguments, _ = folders
+    code, out, _ = lookalike("evaluate", "--real", "phantom_grey28:val", *arguments[4:])
+    assert code == 0
+    assert "phantom_grey28" not in out  # the terminal shows the tables
+    assert "Evidence, not legal advice." in out
+    assert "membership" not in out

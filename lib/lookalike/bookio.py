@@ -3,7 +3,7 @@
 Sphinx asks `read` for every Markdown page (nb_custom_formats in book/_config.yml). A recorded run is an
 executed notebook with its record, a JSON file of the same name, beside it: book/results/<chapter>/full, then
 medium, then this build's small run. The first whose code equals the page's lends its outputs, so the text may
-change freely while the outputs stay. {scorecard}, {run-status}, {data-sets} and {brackets} make their tables anew.
+change freely while the outputs stay. {scorecard}, {run-status}, {data-sets}, {brackets}, {calibrations}: made anew.
 """
 
 import ast
@@ -134,7 +134,17 @@ class Brackets(_Generated):
     text = staticmethod(pages.brackets)
 
 
-DIRECTIVES = {"scorecard": Scorecard, "run-status": RunStatus, "data-sets": DataSets, "brackets": Brackets}
+class Calibrations(_Generated):
+    text = staticmethod(pages.calibrations)
+
+
+DIRECTIVES = {
+    "scorecard": Scorecard,
+    "run-status": RunStatus,
+    "data-sets": DataSets,
+    "brackets": Brackets,
+    "calibrations": Calibrations,
+}
 
 
 def _outdated(app, env, added, changed, removed) -> list[str]:

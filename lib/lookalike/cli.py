@@ -126,6 +126,114 @@ def audit(
         raise typer.Exit(1)
 
 
+# --- folders of anyone's --------------------------------------------------------------------------------------
+
+Real = Annotated[str, typer.Option(metavar="DIR", help="The images the generator was trained on; or NAME:SPLIT.")]
+Synthetic = Annotated[str, typer.Option(metavar="DIR", help="The images to be released.")]
+Holdout = Annotated[str, typer.Option(metavar="DIR", help="Real images of the same source that it never saw.")]
+Subjects = Annotated[str, typer.Option(metavar="CSV", help="Columns file, subject: whose each real image is.")]
+ImageSize = Annotated[int, typer.Option(help="Side to resize to; 0: as they are.")]
+Restricted = Annotated[bool, typer.Option("--restricted", help="Never draw, and keep no copy in the cache.")]
+Threshold = Annotated[list[str], typer.Option("--threshold", metavar="NAME=VALUE", help="Change one limit.")]
+
+
+@app.command()
+def evaluate(
+    real: Real,
+    synthetic: Synthetic,
+    holdout: Holdout = "",
+    subjects: Subjects = "",
+    image_size: ImageSize = 0,
+    restricted: Restricted = False,
+    threshold: Threshold = [],  # noqa: B006
+    seed: int = 0,
+    as_json: AsJson = False,
+):
+    """Fidelity, use, copies and attacks for folders of images, each with its control; a verdict against limits.
+
+    Example: lookalike evaluate --real real --synthetic synthetic --holdout holdout --subjects subjects.csv
+    """
+    document = _evidence(real, synthetic, holdout, subjects, image_size, restricted, threshold, seed).document
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    from lookalike import card
+
+    for title, rows in card.tables(document).items():
+        print(f"\n{title}")
+        _show(rows, False)
+    answers = f"(privacy: {document['privacy']}, use: {document['use']})"
+    print(f"\n{document['verdict'].capitalize()} {answers}. Evidence, not legal advice.")
+
+
+@app.command("card")
+def make_card(
+    real: Real,
+    synthetic: Synthetic,
+    holdout: Holdout = "",
+    subjects: Subjects = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where card.html, card.md and card.json go.")] = "card",
+    image_size: ImageSize = 0,
+    restricted: Restricted = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Put the most alike pairs of images on the page.")] = False,
+    threshold: Threshold = [],  # noqa: B006
+    seed: int = 0,
+    as_json: AsJson = False,
+):
+    """The same as one self-contained page, as Markdown and as JSON: may this set be shared?
+
+    Example: lookalike card --real real --synthetic synthetic --holdout holdout --out card
+    """
+    from lookalike import card
+
+    card.check_drawing(draw, restricted)
+    evidence = _evidence(real, synthetic, holdout, subjects, image_size, restricted, threshold, seed)
+    written = [str(path) for path in card.write(evidence, out, draw)]
+    verdict = evidence.document["verdict"]
+    print(json.dumps({"verdict": verdict, "files": written}) if as_json else f"{verdict}: " + ", ".join(written))
+
+
+def _evidence(real, synthetic, holdout, subjects, image_size, restricted, threshold, seed):
+    from lookalike import evaluate as library
+    from lookalike import verdict
+    from lookalike.data.manifest import cache_dir
+
+    limits = dict(_limit(each) for each in threshold)
+    verdict.limits(limits)  # before the work, not after
+    *sets, files, notes = library.read(
+        real, synthetic, holdout or None, subjects or None, image_size or None, restricted
+    )
+    cache = None if restricted else cache_dir() / "features"
+    return library.evaluate(*sets, files=files, notes=notes, thresholds=limits, cache=cache, seed=seed)
+
+
+def _limit(text):
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise typer.BadParameter(f"--threshold takes NAME=VALUE with a number, not {text!r}.") from None
+
+
+@app.command()
+def calibrate(
+    data: Annotated[str, typer.Option(help="Known set whose images play real and made ones.")] = "phantom_mammography",
+    repeats: Annotated[int, typer.Option(help="Trials per leak.")] = 40,
+    models: Annotated[int, typer.Option(help="Small GANs, and as many VAEs and more; 0: none.")] = 10,
+    seed: int = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Put the table on the book's page of evidence.")] = False,
+    as_json: AsJson = False,
+):
+    """What every attack and measure can see: power against planted leaks at 5 % false alarms.
+
+    Example: lookalike calibrate --data phantom_mammography --repeats 5 --models 0
+    """
+    from lookalike import calibration
+
+    document = calibration.run(data, repeats, models, seed, keep)
+    print(json.dumps(document, indent=1)) if as_json else _show(calibration.rows(document), False)
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 

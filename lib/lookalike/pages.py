@@ -8,6 +8,7 @@ import re
 from datetime import datetime
 
 from lookalike import paths, runner
+from lookalike.metrics.intervals import clopper_pearson
 
 VERDICTS = ("reproduced", "same direction", "not reproduced", "undecided", "not comparable", "not run")
 README_MARKS = ("<!-- results:start -->", "<!-- results:end -->")
@@ -281,6 +282,60 @@ def _verdict(contradiction: bool | None) -> str:
     if contradiction is None:
         return "none: no coins"
     return '<span class="contradiction">contradiction</span>' if contradiction else "no contradiction"
+
+
+# --- the calibration ----------------------------------------------------------------------------------------
+
+
+def calibrations() -> str:
+    """Power of every attack and measure against planted leaks, one group of tables per kept calibration."""
+    from lookalike import calibration
+
+    parts = [part for document in calibration.kept().values() for part in _calibration(document)]
+    return "\n\n".join(parts) or "No calibration is kept yet."
+
+
+def _calibration(document: dict) -> list[str]:
+    worlds, sizes = document["worlds"], f"{document['members']} training images, {document['synthetic']} released ones"
+    made = f"made on {day(document['made'])}, code of commit `{document['provenance']['commit'][:10]}`"
+    intro = (
+        f"**`{document['data']}`** at {document['side']} px: {sizes}, {document['repeats']} trials per leak, features: "
+        f"{document['features']}; {made}. 95 % intervals: 0.00 reaches up to "
+        f"{clopper_pearson(0, document['repeats'])[1]:.2f}, 0.50 about {_half(document['repeats']):.2f} to either side."
+    )
+    parts, free = [intro], [world for world in worlds if "," not in world]
+    for share in dict.fromkeys(world.partition(", ")[2] for world in worlds if "," in world):
+        leaks = [world for world in worlds if world.endswith(f", {share}")]
+        head = ["", *free, *(leak.partition(",")[0] for leak in leaks)]
+        cells = [[_detector(name), *(_power(worlds[w][name]) for w in (*free, *leaks))] for name in worlds[free[0]]]
+        parts += [f"**{share} of the released images are copies**", table(head, cells)]
+    return parts + _trained(document["models"])
+
+
+def _trained(models: dict) -> list[str]:
+    if not models:
+        return []
+    parts = [f"**Trained models**, `{models['data']}` at {models['side']} px. The settings: {models['settings']}"]
+    for kind in ("gans", "vaes"):
+        worlds = models[kind]
+        names = next(iter(worlds.values()))
+        parts.append(table(["", *worlds], [[_detector(n), *(_power(worlds[w][n]) for w in worlds)] for n in names]))
+    return parts
+
+
+def _detector(name: str) -> str:
+    from lookalike.card import NAMES
+
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def _power(found: dict) -> str:
+    return f"{found['power']:.2f}"
+
+
+def _half(repeats: int) -> float:
+    low, high = clopper_pearson(repeats // 2, repeats)
+    return (high - low) / 2
 
 
 # --- the README ---------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""All distances between two sets at once, each with an interval: what the card and the calibration print.
+
+The interval comes from random halves: a statistic of n / 2 of n images, drawn without replacement, spreads over draws
+as the statistic of n images does over samples. A bootstrap would put images in twice, which every neighbour metric
+takes for copies. Where two sets are nearly alike the halves spread more than the whole, so the interval is wide rather
+than narrow (tests/metrics/test_compared.py).
+"""
+
+import numpy as np
+from scipy import stats
+
+from lookalike.metrics.distances import frechet_distance, kernel_distance, precision_recall_density_coverage
+from lookalike.metrics.diversity import vendi_score
+
+HALVES = 20
+
+DIRECTIONS = {
+    "frechet_distance": "lower",
+    "kernel_distance": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "density": "higher",
+    "coverage": "higher",
+    "vendi_ratio": "higher",
+}
+RANGES = {"frechet_distance": (0, np.inf), "precision": (0, 1), "recall": (0, 1), "coverage": (0, 1)}
+
+
+def set_measures(real, other, k=5):
+    """{name: float} of features (N, D) of two sets, `DIRECTIONS` says which way is better.
+
+    vendi_ratio: Vendi score of `other` over that of `real`; 1 where both are equally diverse. The rest as in
+    `metrics.distances`; the Fréchet distance and the Vendi score depend on N, so compare at equal N only.
+    """
+    return {
+        "frechet_distance": frechet_distance(real, other),
+        "kernel_distance": kernel_distance(real, other).value,
+        **precision_recall_density_coverage(real, other, k),
+        "vendi_ratio": vendi_score(other) / vendi_score(real),
+    }
+
+
+def measures_with_intervals(real, other, real_subjects=None, other_subjects=None, seed=0, halves=HALVES):
+    """{name: {"value", "interval", "direction"}}: `set_measures` with intervals that cover at least 95 %.
+
+    Halves are of subjects, where they are given, with all their images. The interval is about what this measure gives
+    on average at this N, not about what it would give with all the images in the world.
+    """
+    rng, whole = np.random.default_rng(seed), set_measures(real, other)
+    parts = []
+    for _ in range(halves):
+        rows = _half(len(real), real_subjects, rng), _half(len(other), other_subjects, rng)
+        parts.append(set_measures(real[rows[0]], other[rows[1]]))
+    return {
+        name: {
+            "value": value,
+            "interval": _interval(name, value, [part[name] for part in parts]),
+            "direction": DIRECTIONS[name],
+        }
+        for name, value in whole.items()
+    }
+
+
+def _half(count, subjects, rng):
+    if subjects is None:
+        return rng.permutation(count)[: count // 2]
+    names, rows = np.unique(subjects, return_inverse=True)
+    chosen = rng.permutation(len(names))[: len(names) // 2]
+    return np.flatnonzero(np.isin(rows, chosen))
+
+
+def _interval(name, value, parts):
+    half = stats.t.ppf(0.975, len(parts) - 1) * np.std(parts, ddof=1)
+    low, high = RANGES.get(name, (-np.inf, np.inf))
+    return [float(max(value - half, low)), float(min(value + half, high))]

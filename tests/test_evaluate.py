@@ -1,0 +1,153 @@
+"""The evidence on three sets: verdicts on planted leaks, controls, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lookalike import card
+from lookalike.data import phantoms
+from lookalike.data.plants import plant
+from lookalike.evaluate import evaluate
+from lookalike.metrics.extractors import random_conv
+from lookalike.verdict import EvidenceError
+
+SIDE = 24
+
+
+def phantom_set(seed, n=120, origin="phantom", name="phantom"):
+    images = phantoms.mammography(n, seed, image_size=SIDE).image_set
+    return dataclasses.replace(images, origin=origin, name=name)
+
+
+def with_copies(synthetic, real, count, kind="shift"):
+    images = synthetic.images.copy()
+    images[:count] = plant(real.images, kind)[:count]
+    return dataclasses.replace(synthetic, images=images)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return phantom_set(1), phantom_set(2, 160, "synthetic", "made"), phantom_set(3)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return random_conv(0)
+
+
+@pytest.fixture(scope="module")
+def honest(sets, extractor):
+    return evaluate(*sets, extractor=extractor)
+
+
+def test_the_document_has_what_machines_read(honest):
+    document = json.loads(json.dumps(honest.document, allow_nan=False))
+    assert document["verdict"] in ("pass", "fail", "cannot tell")
+    for row in document["measures"].values():
+        low, high = row["interval"]
+        assert low <= row["value"] <= high
+        assert row["direction"] in ("higher", "lower")
+        assert row["control"]["value"] is not None
+    for row in document["attacks"].values():
+        assert row["interval"][0] <= row["auc"] <= row["interval"][1]
+        assert 0 <= row["tpr_at_1pct_fpr"] <= 1
+        assert set(row["control"]) == {"no leak", "planted copies"}
+    assert set(document["thresholds"]) == set(document["criteria"])
+    assert any("LiRA" in line for line in document["not_tested"])
+
+
+def test_an_honest_set_does_not_fail(honest):
+    assert honest.document["verdict"] != "fail"
+    assert honest.document["copies"]["exact"] == 0
+    for row in honest.document["attacks"].values():
+        assert row["interval"][0] <= 0.58
+
+
+def test_shifted_copies_are_found_and_named(sets, extractor):
+    real, synthetic, holdout = sets
+    found = evaluate(real, with_copies(synthetic, real, 60), holdout, extractor=extractor).document
+    assert found["verdict"] == found["criteria"]["copies"]["verdict"] == "fail"
+    flagged = [row for row in found["copies"]["worst"] if row["flagged"]]
+    assert np.mean([row["synthetic"] == row["real"] for row in flagged]) > 0.8
+
+
+def test_exact_copies_fail_even_without_held_out_images(sets, extractor):
+    real, synthetic, _ = sets
+    found = evaluate(real, with_copies(synthetic, real, 3, "copy"), extractor=extractor).document
+    assert found["verdict"] == "fail"
+    assert found["copies"]["exact"] == 3
+    assert found["attacks"] == {}
+    assert found["not_tested"][0].startswith("membership attacks")
+
+
+def test_held_out_images_that_are_training_images_are_left_out(sets, extractor):
+    real, synthetic, holdout = sets
+    mixed = dataclasses.replace(
+        holdout,
+        images=np.concatenate([holdout.images, real.images[:10]]),
+        labels=np.concatenate([holdout.labels, real.labels[:10]]),
+        subjects=np.concatenate([holdout.subjects, real.subjects[:10]]),
+    )
+    document = evaluate(real, synthetic, mixed, extractor=extractor).document
+    assert document["sets"]["holdout"]["images"] == len(holdout)
+    assert any("10 held-out images repeat a training image" in note for note in document["notes"])
+
+
+def test_the_same_seed_gives_the_same_evidence(sets, extractor, honest):
+    again = evaluate(*sets, extractor=extractor)
+    changing = {"made", "provenance"}
+    assert {k: v for k, v in again.document.items() if k not in changing} == {
+        k: v for k, v in honest.document.items() if k not in changing
+    }
+
+
+def test_sets_that_cannot_be_compared_are_refused(sets, extractor):
+    real, synthetic, _ = sets
+    other = phantoms.mammography(40, 5, image_size=16).image_set
+    with pytest.raises(EvidenceError, match=r"different shapes \(real 1 x 24 x 24, synthetic 1 x 16 x 16"):
+        evaluate(real, other, extractor=extractor)
+    with pytest.raises(EvidenceError, match="The synthetic set has 5 images"):
+        evaluate(real, synthetic.subset(range(5)), extractor=extractor)
+    with pytest.raises(EvidenceError, match="There is no threshold utility"):
+        evaluate(real, synthetic, extractor=extractor, thresholds={"utility": 1})
+    with pytest.raises(EvidenceError, match="held-out images are training images too"):
+        evaluate(real, synthetic, real, extractor=extractor)
+
+
+# --- the card -----------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_one_file_without_scripts_or_addresses(honest, tmp_path):
+    paths = card.write(honest, tmp_path / "card")
+    assert [path.name for path in paths] == ["card.json", "card.md", "card.html"]
+    page = paths[2].read_text("utf-8")
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<img" not in page
+    for name in honest.document["attacks"]:
+        assert card.NAMES[name] in page
+        assert card.NAMES[name] in paths[1].read_text("utf-8")
+    assert json.loads(paths[0].read_text("utf-8"))["verdict"] == honest.document["verdict"]
+
+
+def test_images_are_drawn_only_on_request(honest, tmp_path):
+    page = card.write(honest, tmp_path, draw=True)[2].read_text("utf-8")
+    assert page.count("<img") == 2 * len(honest.document["copies"]["worst"])
+
+
+def test_nothing_restricted_is_drawn(sets, extractor, tmp_path):
+    real, synthetic, holdout = sets
+    found = evaluate(dataclasses.replace(real, restricted=True), synthetic, holdout, extractor=extractor)
+    with pytest.raises(EvidenceError, match="restricted, so no image of it is drawn"):
+        card.write(found, tmp_path, draw=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_files_cannot_become_markup(honest, tmp_path):
+    document = json.loads(json.dumps(honest.document))
+    document["copies"]["worst"][0]["synthetic"] = "<b>x</b>.png"
+    page = card.html(document)
+    assert "<b>x</b>.png" not in page
+    assert "&lt;b&gt;x" in page
