@@ -74,7 +74,7 @@ def test_a_kept_calibration_is_shown_and_quoted(found, tmp_path, monkeypatch):
         "made": "2026-11-22T10:00:00+00:00",
         "provenance": {"commit": "0123456789abcdef"},
         **{"data": "phantom_mammography", "side": 16, "members": 24, "synthetic": 40, "repeats": 8},
-        **{"features": "random", "worlds": found, "models": {}},
+        **{"features": "random", "worlds": found},
     }
     write_json(tmp_path / "calibration.json", {"phantom_mammography": document})
     page = pages.calibrations()

@@ -28,6 +28,7 @@ SHARES = (0.10, 0.02)  # of the released images that are copies
 MEMBERS, RELEASED, SIDE = 200, 400, 32
 NO_LEAK = "none"
 SECOND_SITE = "second site"
+TRAINED = "trained models"
 
 
 @dataclass(frozen=True)
@@ -150,28 +151,35 @@ def _share(values, limit):
 
 
 def run(data, repeats, models, seed=0, keep=False):
-    """The document of one calibration: power per leak and detector, and, with `models`, those of trained models."""
+    """{name: document}: of `data` with `repeats` trials per leak, and of as many trained `models`; 0 leaves one out."""
+    begun, found = _begun(keep), {}
+    if repeats:
+        found[data] = begun | _with_pool(data, repeats, seed)
+    if models:
+        from lookalike import calibration_models
+
+        found[TRAINED] = begun | calibration_models.run(models, seed)
+    if keep:
+        write_json(_path(), dict(sorted((kept() | found).items())))
+    return found
+
+
+def _with_pool(data, repeats, seed):
     from lookalike.metrics.extractors import efficientnet_lite0
 
-    document = _begun(keep)
     images, elsewhere = _images(data, seed)
     extractor = efficientnet_lite0(64).for_channels(images.images.shape[1])
     pool = make_pool(images, extractor, elsewhere=elsewhere, seed=seed)
     sizes = {"members": MEMBERS, "synthetic": RELEASED, "repeats": repeats, "seed": seed}
-    found = calibrate(pool, shares=SHARES, **sizes)
-    document |= {"data": data, "origin": images.origin, "side": SIDE, "features": extractor.name, **sizes}
-    document |= {"false_alarms": FALSE_ALARMS, "worlds": found, "models": _with_models(models, seed)}
-    if keep:
-        write_json(_path(), dict(sorted((kept() | {data: document}).items())))
-    return document
+    worlds = calibrate(pool, shares=SHARES, **sizes)
+    return {"data": data, "origin": images.origin, "side": SIDE, "features": extractor.name, **sizes, "worlds": worlds}
 
 
-def rows(document):
+def rows(worlds):
     """One row per detector: its power against each leak."""
-    worlds = document["worlds"]
     return [
         {"detector": name} | {world: f"{powers[name]['power']:.2f}" for world, powers in worlds.items()}
-        for name in worlds[NO_LEAK]
+        for name in next(iter(worlds.values()))
     ]
 
 
@@ -182,7 +190,7 @@ def kept():
 
 def quote():
     """What a card says of the attacks' power elsewhere, from the first kept calibration; None if there is none."""
-    for document in kept().values():
+    for document in (kept()[name] for name in kept() if name != TRAINED):
         worlds = {world: found for world, found in document["worlds"].items() if world.endswith(f"{SHARES[0]:.0%}")}
         what = (
             f"mean share of trials on {document['data']} ({document['side']} px) in which the attack noticed that "
@@ -204,14 +212,6 @@ def _images(data, seed):
         second = phantoms.mammography(2 * wanted // 2, seed + 1, sites=2, image_size=SIDE)
         return first.image_set, second.image_set.subset(second.factors["site"] == 1)
     return datasets.load(data, "train", SIDE), None
-
-
-def _with_models(models, seed):
-    if not models:
-        return {}
-    from lookalike import calibration_models
-
-    return calibration_models.run(models, seed)
 
 
 def _begun(keep):

@@ -10,6 +10,7 @@ import torch
 from lookalike.calibration import Trial, deal, detect, powers
 from lookalike.data import phantoms
 from lookalike.data.image_set import as_tensor, to_uint8
+from lookalike.metrics.extractors import efficientnet_lite0
 from lookalike.metrics.features import features
 from lookalike.models.gan import Discriminator, Generator
 from lookalike.models.vae import ConditionalVAE, vae_loss
@@ -20,23 +21,31 @@ from lookalike.training.adversarial import train_gan
 OVERFITTED = "overfitted GAN"
 DISJOINT = "disjoint data"
 SHADOWED = "overfitted VAE"
+SIDE = 16
 
 
 def run(models, seed=0):
-    """Both calibrations at a size that takes minutes; {"what", "gans", "vaes"}."""
-    from lookalike.metrics.extractors import efficientnet_lite0
-
-    images = phantoms.grey28(400, seed, image_size=16).image_set
-    population = phantoms.grey28(200, seed + 1, image_size=16).image_set
-    extractor = efficientnet_lite0(64)
-    gans = {"models": models, "members": 40, "samples": 200, "epochs": 600, "width": 16}
-    vaes = {"models": 4 * models, "steps": 600, "width": 8, "batch_size": 20}
+    """Both calibrations at a size that takes half an hour; {"data", "side", "what", "gans", "vaes"}."""
+    images = phantoms.grey28(400, seed, image_size=SIDE).image_set
+    population = phantoms.grey28(200, seed + 1, image_size=SIDE).image_set
+    gans = {"models": models, "members": 40, "samples": 200, "epochs": 300, "width": 16}
+    vaes = {"models": 2 * models + 6, "steps": 300, "width": 8, "batch_size": 20}
     chosen = images.subset(np.arange(80))
+    extractor = efficientnet_lite0(64)
+    what = {
+        "gans": f"{models} GANs of width {gans['width']}, {gans['epochs']} epochs each on {gans['members']} images of its "
+        f"own; {gans['samples']} images released, two trials per model. Features: {extractor.name}.",
+        "vaes": f"{vaes['models']} VAEs of width {vaes['width']}, {vaes['steps']} steps each on one half of "
+        f"{len(chosen)} images; every model is the target once.",
+    }
     return {
-        "data": images.name, "side": 16, "settings": {"gans": gans, "vaes": vaes | {"images": len(chosen)}},
+        "data": images.name,
+        "side": SIDE,
+        "seed": seed,
+        "what": what,
         "gans": calibrate_gans(images, extractor, **gans, seed=seed),
         "vaes": calibrate_shadows(chosen, population, **vaes, seed=seed),
-    }  # fmt: skip
+    }
 
 
 def calibrate_gans(image_set, extractor, *, models, members, samples, epochs, width, lr=1e-3, search_steps=100, seed=0):

@@ -218,8 +218,8 @@ def _limit(text):
 @app.command()
 def calibrate(
     data: Annotated[str, typer.Option(help="Known set whose images play real and made ones.")] = "phantom_mammography",
-    repeats: Annotated[int, typer.Option(help="Trials per leak.")] = 40,
-    models: Annotated[int, typer.Option(help="Small GANs, and as many VAEs and more; 0: none.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Trials per leak with planted copies; 0: none.")] = 40,
+    models: Annotated[int, typer.Option(help="Small GANs to overfit, and twice as many VAEs; 0: none.")] = 10,
     seed: int = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Put the table on the book's page of evidence.")] = False,
     as_json: AsJson = False,
@@ -230,8 +230,13 @@ def calibrate(
     """
     from lookalike import calibration
 
-    document = calibration.run(data, repeats, models, seed, keep)
-    print(json.dumps(document, indent=1)) if as_json else _show(calibration.rows(document), False)
+    found = calibration.run(data, repeats, models, seed, keep)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for document in found.values():
+        for worlds in (document[part] for part in ("worlds", "gans", "vaes") if part in document):
+            _show(calibration.rows(worlds), False)
 
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -291,16 +291,17 @@ def calibrations() -> str:
     """Power of every attack and measure against planted leaks, one group of tables per kept calibration."""
     from lookalike import calibration
 
-    parts = [part for document in calibration.kept().values() for part in _calibration(document)]
+    kept = calibration.kept()
+    trained = _trained(kept.pop(calibration.TRAINED, None))
+    parts = [part for document in kept.values() for part in _calibration(document)] + trained
     return "\n\n".join(parts) or "No calibration is kept yet."
 
 
 def _calibration(document: dict) -> list[str]:
     worlds, sizes = document["worlds"], f"{document['members']} training images, {document['synthetic']} released ones"
-    made = f"made on {day(document['made'])}, code of commit `{document['provenance']['commit'][:10]}`"
     intro = (
         f"**`{document['data']}`** at {document['side']} px: {sizes}, {document['repeats']} trials per leak, features: "
-        f"{document['features']}; {made}. 95 % intervals: 0.00 reaches up to "
+        f"{document['features']}; {_made(document)}. 95 % intervals: 0.00 reaches up to "
         f"{clopper_pearson(0, document['repeats'])[1]:.2f}, 0.50 about {_half(document['repeats']):.2f} to either side."
     )
     parts, free = [intro], [world for world in worlds if "," not in world]
@@ -309,18 +310,23 @@ def _calibration(document: dict) -> list[str]:
         head = ["", *free, *(leak.partition(",")[0] for leak in leaks)]
         cells = [[_detector(name), *(_power(worlds[w][name]) for w in (*free, *leaks))] for name in worlds[free[0]]]
         parts += [f"**{share} of the released images are copies**", table(head, cells)]
-    return parts + _trained(document["models"])
-
-
-def _trained(models: dict) -> list[str]:
-    if not models:
-        return []
-    parts = [f"**Trained models**, `{models['data']}` at {models['side']} px. The settings: {models['settings']}"]
-    for kind in ("gans", "vaes"):
-        worlds = models[kind]
-        names = next(iter(worlds.values()))
-        parts.append(table(["", *worlds], [[_detector(n), *(_power(worlds[w][n]) for w in worlds)] for n in names]))
     return parts
+
+
+def _trained(document: dict | None) -> list[str]:
+    if document is None:
+        return []
+    parts = [f"**Trained models** on `{document['data']}` at {document['side']} px; {_made(document)}"]
+    for kind in ("gans", "vaes"):
+        worlds = document[kind]
+        names = next(iter(worlds.values()))
+        cells = [[_detector(name), *(_power(worlds[world][name]) for world in worlds)] for name in names]
+        parts += [document["what"][kind], table(["", *worlds], cells)]
+    return parts
+
+
+def _made(document: dict) -> str:
+    return f"made on {day(document['made'])}, code of commit `{document['provenance']['commit'][:10]}`"
 
 
 def _detector(name: str) -> str:
