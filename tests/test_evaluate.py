@@ -73,6 +73,15 @@ def test_shifted_copies_are_found_and_named(sets, extractor):
     assert np.mean([row["synthetic"] == row["real"] for row in flagged]) > 0.8
 
 
+def test_a_few_copies_fail_where_no_honest_image_is_as_near(sets, extractor):
+    real, synthetic, holdout = sets
+    found = evaluate(real, with_copies(synthetic, real, 4, "jpeg"), holdout, extractor=extractor).document
+    copies = found["copies"]
+    assert 3 <= copies["as_alike_as_copies"] <= 4
+    assert copies["flagged"] <= copies["chance_seldom_passes"]  # counting alone could not tell
+    assert found["privacy"] == "fail"
+
+
 def test_exact_copies_fail_even_without_held_out_images(sets, extractor):
     real, synthetic, _ = sets
     found = evaluate(real, with_copies(synthetic, real, 3, "copy"), extractor=extractor).document

@@ -33,8 +33,8 @@ def run(models, seed=0):
     chosen = images.subset(np.arange(80))
     extractor = efficientnet_lite0(64)
     what = {
-        "gans": f"{models} GANs of width {gans['width']}, {gans['epochs']} epochs each on {gans['members']} images of its "
-        f"own; {gans['samples']} images released, two trials per model. Features: {extractor.name}.",
+        "gans": f"{models} GANs of width {gans['width']}, {gans['epochs']} epochs each on {gans['members']} images of "
+        f"its own; {gans['samples']} images released, two trials per model. Features: {extractor.name}.",
         "vaes": f"{vaes['models']} VAEs of width {vaes['width']}, {vaes['steps']} steps each on one half of "
         f"{len(chosen)} images; every model is the target once.",
     }

@@ -347,6 +347,7 @@ def _copies(sets, files):
         for i, j in zip(worst, partners)
     ]
     document = {
+        "as_alike_as_copies": _as_alike_as_copies(fine, real, holdout, whose),
         "planted": {"found": _planted_found(real, holdout, whose), "of": PLANTS},
         "flagged": len(found.flagged),
         "exact": len(found.exact),
@@ -358,6 +359,14 @@ def _copies(sets, files):
         "worst": rows,
     }
     return document, tuple((synthetic.images[i], real.images[j]) for i, j in zip(worst, partners))
+
+
+def _as_alike_as_copies(fine, real, holdout, whose):
+    """Released images as alike to a training image as its JPEG copy is; 0 where honest images come that near too."""
+    alike = duplicates.copy_similarity(real.images)
+    judged, owner = (holdout, whose[1]) if holdout is not None else (real, whose[0])
+    honest = duplicates.near_duplicates(judged.images, real.images, owner, whose[0], view="fine").similarity
+    return 0 if (honest >= alike).any() else int((fine.similarity >= alike).sum())
 
 
 def _planted_found(real, holdout, whose):
@@ -373,14 +382,17 @@ def _called(files, name, row):
 
 
 def _copies_finding(copies):
-    """Copies beyond false flags: at least those that chance would not bring (95 %) and the exact ones. Where the search
-    misses most planted copies, only what it does find counts.
+    """Copies beyond false flags: at least those that chance would not bring (95 %), and those that nothing honest is
+    near to. Where the search misses most planted copies, only what it does find counts.
     """
-    flagged, chance = copies["flagged"], copies["chance_seldom_passes"]
-    beyond = max(flagged - copies["expected_false_flags"], float(copies["exact"]))
-    surely = float(max(flagged - chance, copies["exact"]))
+    flagged, certain = copies["flagged"], max(copies["exact"], copies["as_alike_as_copies"])
+    beyond = max(flagged - copies["expected_false_flags"], float(certain))
+    surely = float(max(flagged - copies["chance_seldom_passes"], certain))
+    if 2 * copies["planted"]["found"] < copies["planted"]["of"] and not surely:
+        return None, None, "the search missed more than half of the planted copies, so its silence proves nothing"
     note = (
-        f"{flagged} flagged, {copies['exact']} of them exact; {copies['expected_false_flags']:.2g} expected by chance"
+        f"{flagged} flagged, {copies['expected_false_flags']:.2g} expected by chance; {certain} as alike as a copy, "
+        f"which no held-out image is"
     )
     return beyond, [min(surely, beyond), beyond], note
 
