@@ -60,7 +60,7 @@ def test_power_counts_what_passes_the_quiet_trials():
 def test_attacks_on_an_overfitted_model_find_it():
     images = phantoms.grey28(120, 0, image_size=12).image_set
     found = calibration_models.calibrate_gans(
-        images, random_conv(0, 16, 32), models=1, members=12, samples=40, epochs=120, width=8, search_steps=6
+        images, random_conv(0, 16, 32), models=2, members=12, samples=40, epochs=100, width=8, search_steps=6
     )
     assert found[calibration_models.OVERFITTED]["logan_white_box"]["power"] == 1
     assert set(found[calibration_models.OVERFITTED]) == set(found[calibration_models.DISJOINT])

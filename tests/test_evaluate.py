@@ -104,6 +104,22 @@ def test_held_out_images_that_are_training_images_are_left_out(sets, extractor):
     assert any("10 held-out images repeat a training image" in note for note in document["notes"])
 
 
+def test_with_few_held_out_images_no_attack_is_made(sets, extractor):
+    real, synthetic, holdout = sets
+    document = evaluate(real, synthetic, holdout.subset(range(24)), extractor=extractor).document
+    assert document["attacks"] == {}
+    assert document["privacy"] == "cannot tell"
+    assert "membership attacks: they need 40 held-out real images or more" in document["not_tested"][0]
+
+
+def test_copies_are_not_certain_where_everything_is_alike(extractor):
+    """At eight pixels honest images are as alike as copies are elsewhere."""
+    sets = [phantoms.mammography(n, seed, image_size=8).image_set for seed, n in ((1, 100), (2, 120), (3, 60))]
+    document = evaluate(*sets, extractor=extractor).document
+    assert document["copies"]["as_alike_as_copies"] == 0
+    assert document["privacy"] != "fail"
+
+
 def test_the_same_seed_gives_the_same_evidence(sets, extractor, honest):
     again = evaluate(*sets, extractor=extractor)
     changing = {"made", "provenance"}
@@ -119,6 +135,9 @@ def test_sets_that_cannot_be_compared_are_refused(sets, extractor):
         evaluate(real, other, extractor=extractor)
     with pytest.raises(EvidenceError, match="The synthetic set has 5 images"):
         evaluate(real, synthetic.subset(range(5)), extractor=extractor)
+    alone = dataclasses.replace(real, subjects=np.full(len(real), "one"))
+    with pytest.raises(EvidenceError, match="The real set shows 1 subjects"):
+        evaluate(alone, synthetic, extractor=extractor)
     with pytest.raises(EvidenceError, match="There is no threshold utility"):
         evaluate(real, synthetic, extractor=extractor, thresholds={"utility": 1})
     with pytest.raises(EvidenceError, match="held-out images are training images too"):

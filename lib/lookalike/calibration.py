@@ -113,9 +113,11 @@ def _trial(pool, planted, elsewhere, members, synthetic, rng):
         count = round(share * len(made))
         copied = rng.choice(seen, count, replace=count > len(seen))
         released = suite.join(released.rows(np.arange(count, len(made))), pool.copies[leak].rows(copied))
-    if elsewhere:
-        holdout = pool.elsewhere.rows(rng.permutation(len(pool.elsewhere))[:members])
-    return Trial(pool.images.rows(seen), released, holdout, pool.images.rows(beside), int(rng.integers(2**31)))
+    reference = pool.images.rows(beside)
+    if elsewhere:  # as on a card: the attacker's own images come from where the held-out ones do
+        rows = rng.permutation(len(pool.elsewhere))
+        holdout, reference = (pool.elsewhere.rows(part) for part in (rows[:members], rows[members : 2 * members]))
+    return Trial(pool.images.rows(seen), released, holdout, reference, int(rng.integers(2**31)))
 
 
 def deal(subjects, counts, rng):

@@ -34,6 +34,8 @@ CANDIDATES = 1000  # members, and at most as many non-members, that are attacked
 PLANTS = 45  # copies hidden among released images, five of each kind, to see which attacks notice
 AMONG = 2000  # released images among which they are hidden
 FEWEST = 20  # images in a set
+FEWEST_APART = 10  # images in each part of the held-out ones, and subjects of a set where they are known
+FAR, FULL = 6, 0.9999
 WORST = 12  # pairs that the card lists
 HELD_OUT = "held-out real images in the place of the synthetic ones"
 
@@ -150,6 +152,11 @@ def _check_shapes(real, synthetic, holdout):
     for name, images in (("real", real), ("synthetic", synthetic), ("holdout", holdout)):
         if images is not None and len(images) < FEWEST:
             raise EvidenceError(f"The {name} set has {len(images)} images; fewer than {FEWEST} say nothing.")
+        if images is not None and len(np.unique(images.subjects)) < FEWEST_APART:
+            raise EvidenceError(
+                f"The {name} set shows {len(np.unique(images.subjects))} subjects; with fewer than {FEWEST_APART} "
+                f"there is no telling one from the next."
+            )
 
 
 def _without_overlap(real, holdout, notes):
@@ -195,27 +202,36 @@ def _sample(count, most, rng):
 
 def _attacks(sets, views, extractor, cache, seed, missing):
     """{name: row of the attack, with its two controls and whether it is believed}."""
-    if "holdout" not in sets:
-        missing.append("membership attacks: they need held-out real images, which were not given")
+    parts = _held_out_parts(sets.get("holdout"), seed)
+    if parts is None:
+        missing.append(
+            f"membership attacks: they need {4 * FEWEST_APART} held-out real images or more, better hundreds"
+        )
         return {}
     rng = np.random.default_rng(seed)
     members = _sample(len(sets["real"]), CANDIDATES, rng)
-    others, reference = subject_split(sets["holdout"].subjects, (0.5, 0.5), seed)
+    others, posing, left = parts
     others = others[_sample(len(others), CANDIDATES, rng)]
     whose = _subjects(sets["real"], members), _subjects(sets["holdout"], others)
-    inside, outside = views["real"].rows(members), views["holdout"].rows(others)
-    beside = views["holdout"].rows(reference)
-    found = suite.attack(inside, outside, views["synthetic"], beside, *whose, seed=seed)
-    quiet = _where_nothing_leaks(inside, outside, beside, whose, seed)
-    planted = _where_copies_are(inside, outside, views["synthetic"], beside, whose, extractor, cache, seed)
+    inside, held_out = views["real"].rows(members), views["holdout"]
+    outside, reference = held_out.rows(others), held_out.rows(np.concatenate([posing, left]))
+    found = suite.attack(inside, outside, views["synthetic"], reference, *whose, seed=seed)
+    # held-out images posing as released ones: whatever is found now is no leak
+    quiet = suite.attack(inside, outside, held_out.rows(posing), held_out.rows(left), *whose, seed=seed, level=0.995)
+    planted = _where_copies_are(inside, outside, views["synthetic"], reference, whose, extractor, cache, seed)
     return {name: _attack_row(result, quiet[name], planted[name]) for name, result in found.items()}
 
 
-def _where_nothing_leaks(members, others, reference, whose, seed):
-    """The attacks with held-out images posing as released ones: whatever they find is no leak."""
-    half = len(reference) // 2
-    posing, left = reference.rows(np.arange(half)), reference.rows(np.arange(half, len(reference)))
-    return suite.attack(members, others, posing, left, *whose, seed=seed, level=0.995)
+def _held_out_parts(holdout, seed):
+    """Rows of the non-members, of those that pose as released, and of the attacker's own; None if there are too few."""
+    if holdout is None:
+        return None
+    parts = subject_split(holdout.subjects, (0.5, 0.25, 0.25), seed)
+    return (
+        parts
+        if min(len(np.unique(holdout.subjects[part])) for part in parts) >= 2 and min(map(len, parts)) >= FEWEST_APART
+        else None
+    )
 
 
 def _where_copies_are(members, others, released, reference, whose, extractor, cache, seed):
@@ -362,11 +378,15 @@ def _copies(sets, files):
 
 
 def _as_alike_as_copies(fine, real, holdout, whose):
-    """Released images as alike to a training image as its JPEG copy is; 0 where honest images come that near too."""
+    """Released images as alike to a training image as its JPEG copy is; 0 where honest images lie within six standard
+    deviations of that, on Fisher's scale: there it proves nothing.
+    """
     alike = duplicates.copy_similarity(real.images)
     judged, owner = (holdout, whose[1]) if holdout is not None else (real, whose[0])
     honest = duplicates.near_duplicates(judged.images, real.images, owner, whose[0], view="fine").similarity
-    return 0 if (honest >= alike).any() else int((fine.similarity >= alike).sum())
+    honest = np.arctanh(honest.clip(-FULL, FULL))
+    far = honest.mean() + FAR * honest.std() < np.arctanh(min(alike, FULL))
+    return int((fine.similarity >= alike).sum()) if far else 0
 
 
 def _planted_found(real, holdout, whose):

@@ -25,7 +25,7 @@ NOTES = {
     "domias_features": "density of released images over that of other real images, in features (DOMIAS)",
     "discriminator_features": "a linear classifier of released against other real images, in features (after LOGAN)",
 }
-DENSITY_FROM = 10_000  # released images that a density or a classifier is fitted to; the rest would not move it
+DENSITY_FROM = 5000  # images of a side that a density or a classifier is fitted to; the rest would hardly move it
 NEEDS_REFERENCE = ("calibrated_features", "domias_features", "discriminator_features")
 
 
@@ -75,12 +75,13 @@ def score(candidates, synthetic, reference=None, seed=0):
     }
     if reference is None:
         return found
-    some = synthetic.features[np.random.default_rng(seed).permutation(len(synthetic))[:DENSITY_FROM]]
+    rng = np.random.default_rng(seed)
+    some, others = (part.features[rng.permutation(len(part))[:DENSITY_FROM]] for part in (synthetic, reference))
     near, far = -features.minima, membership.gan_leaks_full_black_box(candidates.features, reference.features)
     return found | {
         "calibrated_features": membership.calibrated(near, far),
-        "domias_features": membership.domias(candidates.features, some, reference.features),
-        "discriminator_features": _discriminator(candidates.features, some, reference.features, seed),
+        "domias_features": membership.domias(candidates.features, some, others),
+        "discriminator_features": _discriminator(candidates.features, some, others, seed),
     }
 
 
