@@ -267,6 +267,7 @@ def test_evaluate_finds_copies_in_folders_and_prints_json(lookalike, folders):
     assert found["verdict"] == "fail"
     assert found["sets"]["real"]["subjects"] == 30
     assert found["copies"]["flagged"] >= 18
+    assert found["criteria"]["copies"]["verdict"] == "fail"
     assert found["copies"]["worst"][0]["real"].startswith("class")
 
 

@@ -8,6 +8,7 @@ from lookalike.verdict import FAIL, NOT_APPLICABLE, PASS, THRESHOLDS, UNSURE, Ev
 
 GOOD = {
     "copies": (0.0, (0.0, 0.0), ""),
+    "copies_share": (0.0, (0.0, 0.005), ""),
     "attack_auc": (0.5, (0.45, 0.55), "domias_features"),
     "attack_tpr_at_1pct_fpr": (0.01, (0.0, 0.03), "domias_features"),
     "coverage_kept": (0.9, (0.8, 1.0), ""),
@@ -43,7 +44,8 @@ def test_a_criterion_that_does_not_apply_is_left_out():
 @pytest.mark.parametrize(
     ("name", "bad", "unsure"),
     [
-        ("copies", (7.0, (0.7, 7.0)), (2.0, (0.0, 2.0))),
+        ("copies", (7.0, (7.0, 7.0)), (2.0, (0.0, 2.0))),
+        ("copies_share", (0.1, (0.05, 0.15)), (0.01, (0.0, 0.02))),
         ("attack_auc", (0.7, (0.65, 0.75)), (0.59, (0.55, 0.63))),
         ("coverage_kept", (0.3, (0.2, 0.4)), (0.5, (0.4, 0.6))),
     ],

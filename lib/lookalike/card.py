@@ -38,6 +38,7 @@ NAMES = {
     "domias_features": "density ratio (DOMIAS), features",
     "discriminator_features": "released against other images, linear classifier",
     "copies": "copies",
+    "copies_share": "flagged as copies, beyond chance",
     "frechet_gap": "Fréchet gap",
     "kernel_gap": "kernel gap",
     "copies_flagged": "copies flagged",
@@ -95,6 +96,7 @@ def markdown(document):
 
 def html(document, pairs=()):
     """The card as one page of HTML; `pairs`: (released image, training image) of the worst records, in their order."""
+    check_drawing(bool(pairs), any(described["restricted"] for described in document["sets"].values()))
     drawn = [(_png(released), _png(training)) for released, training in pairs]
     return _template("card.html.jinja", escape=True).render(**_words(document), pairs=drawn, svg=_interval_svg)
 

@@ -2,7 +2,7 @@
 
 `real` are the images that the generator was trained on, `synthetic` those that are to be released, `holdout` real ones
 of the same source that the generator never saw. No measure stands alone: beside it stand the same measure with held-out
-real images in the place of the synthetic ones (the control: what no honest generator can beat) and with the average
+real images in the place of the synthetic ones (the control: what an ideal generator would give) and with the average
 image (the baseline: what is worth nothing). No attack is believed before it stayed quiet where nothing can leak and
 found copies that were planted among the very images at hand. Evidence, not legal advice.
 """
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lookalike import calibration
-from lookalike.data import datasets, duplicates, folders
-from lookalike.data.plants import KINDS, plant
-from lookalike.data.splits import image_digests, subject_split
+from lookalike import calibration, copies
+from lookalike.data import datasets, folders
+from lookalike.data.splits import image_digests
 from lookalike.metrics import utility
 from lookalike.metrics.classifiers import FrozenBackbone, Training
 from lookalike.metrics.compared import measures_with_intervals, set_measures
@@ -24,19 +23,13 @@ from lookalike.metrics.extractors import efficientnet_lite0
 from lookalike.metrics.features import features
 from lookalike.metrics.intervals import clopper_pearson
 from lookalike.metrics.neighbours import nearest
-from lookalike.metrics.pixels import anchor_sets
-from lookalike.privacy import membership, suite
+from lookalike.privacy import controls, membership, suite
 from lookalike.provenance import provenance
 from lookalike.verdict import NOT_APPLICABLE, EvidenceError, judge, limits
 
 MOST = 5000  # images of a set that distances between sets are taken of; the searches for copies see all of them
-CANDIDATES = 1000  # members, and at most as many non-members, that are attacked
-PLANTS = 45  # copies hidden among released images, five of each kind, to see which attacks notice
-AMONG = 2000  # released images among which they are hidden
 FEWEST = 20  # images in a set
-FEWEST_APART = 10  # images in each part of the held-out ones, and subjects of a set where they are known
-FAR, FULL = 6, 0.9999
-WORST = 12  # pairs that the card lists
+FEWEST_APART = 10  # subjects in a set
 HELD_OUT = "held-out real images in the place of the synthetic ones"
 
 THREATS = (
@@ -72,31 +65,33 @@ def evaluate(
     "sets", "thresholds", "not_tested" and what made them.
     """
     stated = limits(thresholds)
-    _check_shapes(real, synthetic, holdout)
+    _check(real, synthetic, holdout)
     notes, missing = list(notes), []
     extractor = (extractor or default_extractor(real.images.shape[-1])).for_channels(real.images.shape[1])
     holdout = _without_overlap(real, holdout, notes)
     sets = {"real": real, "synthetic": synthetic} | ({"holdout": holdout} if holdout is not None else {})
+    cache = None if any(s.restricted for s in sets.values()) else cache
     views = {name: suite.View(s.images, features(s.images, extractor, cache)) for name, s in sets.items()}
-    copies, pairs = _copies(sets, files or {})
+    copied, pairs = _copies(sets, files or {})
     measures = _distances(sets, views, extractor, cache, seed) | _nearness(views)
-    attacks = _attacks(sets, views, extractor, cache, seed, missing)
+    attacks, difference = _attacks(sets, views, extractor, cache, seed, missing)
     use = _use(sets, extractor, cache, missing)
-    findings = {"copies": _copies_finding(copies), **_attack_findings(attacks), **_kept(measures), **use["finding"]}
+    findings = copies.findings(copied, len(synthetic)) | controls.findings(attacks) | _kept(measures) | use["finding"]
     document = {
         **judge(findings, thresholds),
         "released": "images only",
         "threat_model": THREATS,
         "sets": {name: _described(s) for name, s in sets.items()},
         "features": extractor.name,
-        "copies": copies,
+        "copies": copied,
         "measures": measures | use["measures"],
         "attacks": attacks,
+        "training_against_held_out": difference,
         "thresholds": {name: limit for name, (limit, *_) in stated.items()},
         "not_tested": [*missing, *NOT_TESTED],
         "power": calibration.quote(),
-        "notes": notes,
-        "plants": PLANTS,
+        "notes": [*notes, *_unknown_subjects(sets)],
+        "plants": min(controls.PLANTS, len(real)),
         "seed": seed,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "provenance": provenance(),
@@ -141,7 +136,7 @@ def default_extractor(image_size):
     return efficientnet_lite0(64 if image_size <= 64 else 128)
 
 
-def _check_shapes(real, synthetic, holdout):
+def _check(real, synthetic, holdout):
     shapes = {"real": real.images.shape[1:], "synthetic": synthetic.images.shape[1:]}
     shapes |= {"holdout": holdout.images.shape[1:]} if holdout is not None else {}
     if len(set(shapes.values())) > 1:
@@ -193,91 +188,43 @@ def _subjects(images, rows=slice(None)):
     return None if images.subject_kind == "image" else images.subjects[rows]
 
 
-def _sample(count, most, rng):
-    return np.sort(rng.permutation(count)[:most])
+def _unknown_subjects(sets):
+    unknown = [name for name, images in sets.items() if name != "synthetic" and images.subject_kind == "image"]
+    if not unknown:
+        return []
+    return [
+        f"Nobody said whose the {' and '.join(unknown)} images are, so each counts as a subject of its own: if people "
+        f"have several, every interval is too narrow."
+    ]
 
 
-# --- attacks ------------------------------------------------------------------------------------------------
+def _copies(sets, files):
+    real, synthetic, holdout = (sets.get(name) for name in ("real", "synthetic", "holdout"))
+    whose = _subjects(real), None if holdout is None else _subjects(holdout)
+
+    def names(name, row):
+        return str(files[name][row]) if name in files and not sets[name].restricted else int(row)
+
+    return copies.search(synthetic.images, real.images, holdout and holdout.images, whose, names)
 
 
 def _attacks(sets, views, extractor, cache, seed, missing):
-    """{name: row of the attack, with its two controls and whether it is believed}."""
-    parts = _held_out_parts(sets.get("holdout"), seed)
+    """The attacks with their controls; none, and why, where the images do not allow any."""
+    parts = controls.held_out_parts(sets["holdout"], seed) if "holdout" in sets else None
     if parts is None:
-        missing.append(
-            f"membership attacks: they need {4 * FEWEST_APART} held-out real images or more, better hundreds"
-        )
-        return {}
-    rng = np.random.default_rng(seed)
-    members = _sample(len(sets["real"]), CANDIDATES, rng)
-    others, posing, left = parts
-    others = others[_sample(len(others), CANDIDATES, rng)]
-    whose = _subjects(sets["real"], members), _subjects(sets["holdout"], others)
-    inside, held_out = views["real"].rows(members), views["holdout"]
-    outside, reference = held_out.rows(others), held_out.rows(np.concatenate([posing, left]))
-    found = suite.attack(inside, outside, views["synthetic"], reference, *whose, seed=seed)
-    # held-out images posing as released ones: whatever is found now is no leak
-    quiet = suite.attack(inside, outside, held_out.rows(posing), held_out.rows(left), *whose, seed=seed, level=0.995)
-    planted = _where_copies_are(inside, outside, views["synthetic"], reference, whose, extractor, cache, seed)
-    return {name: _attack_row(result, quiet[name], planted[name]) for name, result in found.items()}
-
-
-def _held_out_parts(holdout, seed):
-    """Rows of the non-members, of those that pose as released, and of the attacker's own; None if there are too few."""
-    if holdout is None:
-        return None
-    parts = subject_split(holdout.subjects, (0.5, 0.25, 0.25), seed)
-    return (
-        parts
-        if min(len(np.unique(holdout.subjects[part])) for part in parts) >= 2 and min(map(len, parts)) >= FEWEST_APART
-        else None
+        missing.append(f"membership attacks: they need {4 * controls.FEWEST} held-out real images, better hundreds")
+        return {}, None
+    if len(np.unique(image_digests(sets["synthetic"].images))) < FEWEST:
+        missing.append(f"membership attacks: fewer than {FEWEST} of the released images differ from one another")
+        return {}, None
+    whose = _subjects(sets["real"]), _subjects(sets["holdout"])
+    return controls.attacks_with_controls(
+        views["real"], views["holdout"], views["synthetic"], parts, whose, extractor, cache, seed
     )
 
 
-def _where_copies_are(members, others, released, reference, whose, extractor, cache, seed):
-    """The attacks on a few members alone, altered copies of whom are hidden among the released images."""
-    rng = np.random.default_rng(seed + 1)
-    chosen = _sample(len(members), PLANTS, rng)
-    copies = planted_copies(members.pixels[chosen], seed)
-    hidden = suite.View(copies, features(copies, extractor, cache))
-    among = released.rows(_sample(len(released), AMONG, rng))
-    subjects = None if whose[0] is None else whose[0][chosen], whose[1]
-    return suite.attack(members.rows(chosen), others, suite.join(among, hidden), reference, *subjects, seed=seed)
-
-
-def planted_copies(images, seed):
-    """One altered copy of each image (N, C, H, W), every kind of `plants.KINDS` in turn."""
-    copies = np.empty_like(images)
-    for i, kind in enumerate(KINDS):
-        copies[i :: len(KINDS)] = plant(images, kind, seed)[i :: len(KINDS)]
-    return copies
-
-
-def _attack_row(found, quiet, planted):
-    """Believed if the interval holds 0.5 where nothing leaks (99.5 %: one attack in 200 is wrongly set aside) and lies
-    above it where copies are.
-    """
-    return found.row() | {
-        "control": {
-            "no leak": {"auc": quiet.auc, "interval": [quiet.low, quiet.high]},
-            "planted copies": {"auc": planted.auc, "interval": [planted.low, planted.high]},
-        },
-        "believed": bool(quiet.low <= 0.5 <= quiet.high and planted.low > 0.5),
-    }
-
-
-def _attack_findings(attacks):
-    """The strongest believed attack, by area and at one false alarm in a hundred."""
-    believed = {name: row for name, row in attacks.items() if row["believed"]}
-    if not believed:
-        return {}
-    strongest = max(believed, key=lambda name: believed[name]["auc"])
-    found = {"attack_auc": (believed[strongest]["auc"], believed[strongest]["interval"], strongest)}
-    sharpest = max(believed, key=lambda name: believed[name]["tpr_at_1pct_fpr"])
-    if believed[sharpest]["non_members"] >= 100:
-        row = believed[sharpest]
-        found["attack_tpr_at_1pct_fpr"] = (row["tpr_at_1pct_fpr"], row["tpr_interval"], sharpest)
-    return found
+def _sample(count, most, rng):
+    return np.sort(rng.permutation(count)[:most])
 
 
 # --- measures -----------------------------------------------------------------------------------------------
@@ -295,8 +242,8 @@ def _distances(sets, views, extractor, cache, seed):
         return measures_with_intervals(views["real"].features[real], views[name].features[rows], *whose, seed=seed)
 
     found, control = against("synthetic"), against("holdout") if holdout is not None else None
-    average = anchor_sets(sets["real"].images[real])["mean"][:1].numpy()
-    worthless = set_measures(views["real"].features[real], np.repeat(features(average, extractor, cache), n, 0))
+    average = sets["real"].images.mean(0, dtype=np.float64).round().astype(np.uint8)[None]
+    worthless = set_measures(views["real"].features[real], np.repeat(features(average, extractor), n, 0))
     for name, row in found.items():
         row["control"] = control and {"what": HELD_OUT} | {key: control[name][key] for key in ("value", "interval")}
         row["baseline"] = {"what": "the average training image, repeated", "value": worthless[name]}
@@ -338,83 +285,6 @@ def _kept(measures):
     ]
     half = value * float(np.hypot(*halves)) if len(halves) == 2 else row["interval"][1] / row["control"]["value"]
     return {"coverage_kept": (value, [max(value - half, 0.0), value + half], "")}
-
-
-# --- copies -------------------------------------------------------------------------------------------------
-
-
-def _copies(sets, files):
-    """Released images that repeat a training image, and pairs of images, the flagged and then the most alike first."""
-    real, synthetic, holdout = (sets.get(name) for name in ("real", "synthetic", "holdout"))
-    whose = _subjects(real), None if holdout is None else _subjects(holdout)
-    found = duplicates.flag_copies(synthetic.images, real.images, holdout and holdout.images, *whose)
-    fine = found.matches["fine"]
-    alike = np.argsort(-fine.likeness, kind="stable")
-    worst = np.concatenate([found.flagged, alike[~np.isin(alike, found.flagged)]])[:WORST]
-    partner = dict(zip(found.flagged.tolist(), found.real.tolist()))
-    partners = [partner.get(int(i), int(fine.indices[i])) for i in worst]
-    rows = [
-        {
-            "synthetic": _called(files, "synthetic", i),
-            "real": _called(files, "real", j),
-            "similarity": float(fine.similarity[i]),
-            "flagged": int(i) in partner,
-        }
-        for i, j in zip(worst, partners)
-    ]
-    document = {
-        "as_alike_as_copies": _as_alike_as_copies(fine, real, holdout, whose),
-        "planted": {"found": _planted_found(real, holdout, whose), "of": PLANTS},
-        "flagged": len(found.flagged),
-        "exact": len(found.exact),
-        "expected_false_flags": found.expected_false,
-        "chance_seldom_passes": found.false_high,
-        "control": {"flagged": found.control_flagged, "expected": found.control_expected},
-        "against_held_out": {"flagged": found.reverse_flagged, "expected": found.reverse_expected},
-        "note": " ".join(found.notes),
-        "worst": rows,
-    }
-    return document, tuple((synthetic.images[i], real.images[j]) for i, j in zip(worst, partners))
-
-
-def _as_alike_as_copies(fine, real, holdout, whose):
-    """Released images as alike to a training image as its JPEG copy is; 0 where honest images lie within six standard
-    deviations of that, on Fisher's scale: there it proves nothing.
-    """
-    alike = duplicates.copy_similarity(real.images)
-    judged, owner = (holdout, whose[1]) if holdout is not None else (real, whose[0])
-    honest = duplicates.near_duplicates(judged.images, real.images, owner, whose[0], view="fine").similarity
-    honest = np.arctanh(honest.clip(-FULL, FULL))
-    far = honest.mean() + FAR * honest.std() < np.arctanh(min(alike, FULL))
-    return int((fine.similarity >= alike).sum()) if far else 0
-
-
-def _planted_found(real, holdout, whose):
-    """How many of altered copies of real images the same search flags."""
-    rows = np.linspace(0, len(real) - 1, PLANTS).astype(int)
-    copies = planted_copies(real.images[rows], seed=0)
-    return len(duplicates.flag_copies(copies, real.images, holdout and holdout.images, *whose, reverse=False).flagged)
-
-
-def _called(files, name, row):
-    """A file's name, or the row where there are no files."""
-    return str(files[name][row]) if name in files else int(row)
-
-
-def _copies_finding(copies):
-    """Copies beyond false flags: at least those that chance would not bring (95 %), and those that nothing honest is
-    near to. Where the search misses most planted copies, only what it does find counts.
-    """
-    flagged, certain = copies["flagged"], max(copies["exact"], copies["as_alike_as_copies"])
-    beyond = max(flagged - copies["expected_false_flags"], float(certain))
-    surely = float(max(flagged - copies["chance_seldom_passes"], certain))
-    if 2 * copies["planted"]["found"] < copies["planted"]["of"] and not surely:
-        return None, None, "the search missed more than half of the planted copies, so its silence proves nothing"
-    note = (
-        f"{flagged} flagged, {copies['expected_false_flags']:.2g} expected by chance; {certain} as alike as a copy, "
-        f"which no held-out image is"
-    )
-    return beyond, [min(surely, beyond), beyond], note
 
 
 # --- use ----------------------------------------------------------------------------------------------------

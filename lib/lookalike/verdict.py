@@ -14,21 +14,14 @@ PASS, FAIL, UNSURE, NOT_APPLICABLE = "pass", "fail", "cannot tell", "does not ap
 
 # name: limit, the side of it on which a value passes, what is limited
 THRESHOLDS = {
-    "copies": (0.0, "below", "released images that repeat a training image, beyond what held-out images set off"),
-    "attack_auc": (0.60, "below", "the strongest attack that can be believed, over all training images"),
-    "attack_tpr_at_1pct_fpr": (
-        0.05,
-        "below",
-        "training images called while 1 % of the others are (the strongest attack)",
-    ),
+    "copies": (0.0, "below", "released images that equal a real one, or are as alike as its JPEG copy"),
+    "copies_share": (0.01, "below", "share of released images flagged as copies, beyond what held-out images set off"),
+    "attack_auc": (0.60, "below", "the strongest of the attacks that can be believed"),
+    "attack_tpr_at_1pct_fpr": (0.05, "below", "training images called while 1 % of the others are, strongest attack"),
     "coverage_kept": (0.50, "above", "coverage of the training images, as a share of what held-out images cover"),
-    "utility_kept": (
-        0.50,
-        "above",
-        "a classifier's gain over the majority answer, as a share of training on real images",
-    ),
+    "utility_kept": (0.50, "above", "a classifier's gain over chance, as a share of training on real images"),
 }
-PRIVACY = ("copies", "attack_auc", "attack_tpr_at_1pct_fpr")  # the rest is about use
+PRIVACY = ("copies", "copies_share", "attack_auc", "attack_tpr_at_1pct_fpr")  # the rest is about use
 
 
 def limits(changed=None):

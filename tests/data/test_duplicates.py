@@ -39,8 +39,8 @@ def image_set(images, labels=None, subjects=None):
 def slow_best_cosine(query, reference, view):
     """Over all shifts and mirrorings, by loops over the overlaps of the detail images; no zoom."""
     q = alignment._details(query[None], view)[0, 0].numpy().astype(float)
-    best, m = (-2.0, None, None), finder.MAX_SHIFT
-    for flip in finder.FLIPS:
+    best, m = (-2.0, None, None), alignment.MAX_SHIFT
+    for flip in alignment.FLIPS:
         turned = {"none": reference, "horizontal": reference[..., ::-1], "vertical": reference[..., ::-1, :]}[flip]
         r = alignment._details(np.ascontiguousarray(turned)[None], view)[0, 0].numpy().astype(float)
         for dy in range(-m, m + 1):
@@ -54,7 +54,7 @@ def slow_best_cosine(query, reference, view):
     return best
 
 
-@pytest.mark.parametrize("view", list(finder.VIEWS))
+@pytest.mark.parametrize("view", list(alignment.VIEWS))
 def test_similarity_is_the_best_cosine_over_what_overlaps(view, monkeypatch):
     monkeypatch.setattr(alignment, "ZOOMS", (1.0,))
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def test_similarity_is_the_best_cosine_over_what_overlaps(view, monkeypatch):
 
 
 @settings(max_examples=15)
-@given(st.integers(0, 99), st.integers(-3, 3), st.integers(-3, 3), st.sampled_from(finder.FLIPS))
+@given(st.integers(0, 99), st.integers(-3, 3), st.integers(-3, 3), st.sampled_from(alignment.FLIPS))
 def test_a_moved_and_mirrored_window_of_an_image_is_recovered(seed, down, right, flip):
     """Two windows of one larger picture: all that overlaps is equal, but for the band's edges."""
     large = mammograms(8, seed=seed % 3).images
@@ -238,6 +238,21 @@ def test_a_lower_bar_with_enough_honest_subjects():
     assert finder._allowed(199, 0.1) == 10
     assert finder._allowed(50, 0.001) == 1
     assert finder._threshold(np.arange(199.0), 0.1) == 189  # passed by 9 of the 199 themselves
+
+
+def test_unknown_real_subjects_never_meet_the_names_of_held_out_ones():
+    images = phantoms.grey28(90, seed=3).image_set.images
+    real, holdout, new = np.split(images, [40, 70])
+    numbers = np.arange(30).astype(str)  # names that rows of the real set could have too
+    named, known = (
+        flag_copies(new, real, holdout, subjects, numbers)
+        for subjects in (None, np.char.add("p", np.arange(40).astype(str)))
+    )
+    assert named.notes == known.notes == ()
+    assert named.thresholds == known.thresholds
+    assert len(named.calibration["fine"]) == 30
+    with pytest.raises(ValueError, match="at least two held-out images"):  # the same names, known to be the same people
+        flag_copies(new, real, holdout, np.arange(40).astype(str), numbers)
 
 
 def test_without_a_holdout_the_real_images_set_the_threshold(worlds):

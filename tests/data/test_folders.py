@@ -1,6 +1,7 @@
 """Folders from anywhere become sets that can be compared, and what was done to them is said."""
 
 import os
+import signal
 import struct
 import zlib
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lookalike.data import folders
+from lookalike.data import folders, packing
 from lookalike.data.folders import read_folder, read_sets
+from lookalike.data.image_set import as_tensor
 from lookalike.data.manifest import DataError, cache_dir
+from lookalike.metrics import as_images
 
 
 @pytest.fixture(autouse=True)
@@ -213,20 +216,77 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
         read_folder(tmp_path)
 
 
-def test_a_turned_photograph_is_upright(tmp_path):
-    photo = Image.fromarray(pixels(16, 24))
-    exif = photo.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    photo.save(tmp_path / "1.jpg", exif=exif)
-    assert read_folder(tmp_path).images.shape[2:] == (24, 16)
+STORED = {  # what the EXIF tag says was done to the upright image before it was stored
+    1: lambda upright: upright, 2: np.fliplr, 3: lambda upright: np.rot90(upright, 2), 4: np.flipud,
+    5: lambda upright: np.swapaxes(upright, 0, 1), 6: np.rot90,
+    7: lambda upright: np.rot90(np.swapaxes(upright, 0, 1), 2), 8: lambda upright: np.rot90(upright, -1),
+}  # fmt: skip
+SAVED = {
+    "jpg": {"quality": 100, "subsampling": 0}, "png": {}, "webp": {"lossless": True}, "tif": {},
+    "tiff": {"compression": "tiff_lzw"},
+}  # fmt: skip
+
+
+def save_turned(path, upright, orientation, **settings):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(path, np.ascontiguousarray(STORED[orientation](upright)), exif=exif, **settings)
+
+
+@pytest.mark.parametrize("suffix", list(SAVED))
+@pytest.mark.parametrize("orientation", list(STORED))
+@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3)])
+def test_turned_images_are_upright_in_every_format(tmp_path, suffix, orientation, shape):
+    upright = np.zeros(shape, np.uint8)
+    upright[:8, :8], upright[8:, 8:16] = 250, 120
+    if len(shape) == 3:
+        upright[..., 2] //= 2
+    plain = np.ascontiguousarray(upright[::-1])
+    save_turned(tmp_path / f"a.{suffix}", upright, orientation, **SAVED[suffix])
+    save(tmp_path / "b.png", plain)  # what lies behind a turned image in the pack stays where it belongs
+    found = read_folder(tmp_path).images
+    wanted = [each[None] if each.ndim == 2 else each.transpose(2, 0, 1) for each in (upright, plain)]
+    assert np.abs(found[0].astype(int) - wanted[0]).max() <= (4 if suffix == "jpg" else 0)
+    assert np.array_equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_turned_images_of_sixteen_bits_are_upright(tmp_path, suffix):
+    upright = pixels(16, 24, top=65536, dtype=np.uint16)
+    upright[0, 0] = 65535
+    save_turned(tmp_path / f"a.{suffix}", upright, 6)
+    assert np.array_equal(read_folder(tmp_path).images[0, 0], np.rint(upright / 257))
+
+
+def test_a_tag_behind_the_pixels_is_refused_and_not_packed_askew(tmp_path):
+    save_turned(tmp_path / "a.png", pixels(16, 24), 6)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    moved = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "a.png").write_bytes(moved)
+    with pytest.raises(DataError, match=r"a.png in .* decodes to 16 x 24 px, but its header says 24 x 16: save it"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("block", [b"II*\0", b"junk"])
+def test_an_exif_block_that_is_cut_short_gets_a_sentence(tmp_path, block):
+    save(tmp_path / "a.webp", pixels(16, 24), exif=b"Exif\0\0" + block)
+    with pytest.raises(DataError, match=r"a.webp in .* is damaged \(.*\): repair it or remove it"):
+        read_folder(tmp_path)
+
+
+def test_nothing_that_does_not_fit_is_packed(tmp_path):
+    with open(tmp_path / "pack", "wb") as stream, pytest.raises(DataError, match="does not fit into a pack"):
+        packing.pack(stream, [pixels(3, 16, 16)], (1, 1, 16, 16))
 
 
 def test_each_file_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
     folder_of(tmp_path / "a")
     first = read_folder(tmp_path / "a").images
     opened = []
-    decode = folders._decode
-    monkeypatch.setattr(folders, "_decode", lambda *args: opened.append(args[1]) or decode(*args))
+    decode = folders.decode
+    monkeypatch.setattr(folders, "decode", lambda *args: opened.append(args[1]) or decode(*args))
     again = read_folder(tmp_path / "a").images
     assert opened == []
     assert isinstance(again, np.memmap)
@@ -236,6 +296,51 @@ def test_each_file_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypat
     assert np.array_equal(read_folder(tmp_path / "a").images[1, 0], new)
     assert len(opened) == 3
     assert len(list((cache_dir() / "folders").glob("*.npy"))) == 1  # the old state is gone
+
+
+def test_other_files_of_equal_size_and_date_are_read_anew(tmp_path):
+    def export(value):
+        for i in range(2):
+            save(tmp_path / "new.bmp", np.full((16, 16), value + i, np.uint8))
+            os.utime(tmp_path / "new.bmp", (0, 0))
+            os.replace(tmp_path / "new.bmp", tmp_path / "a" / f"{i}.bmp")
+
+    (tmp_path / "a").mkdir()
+    for value in (10, 200):
+        export(value)
+        assert read_folder(tmp_path / "a").images[:, 0, 0, 0].tolist() == [value, value + 1]
+    save(tmp_path / "a" / "0.bmp", np.full((16, 16), 90, np.uint8))  # in place: the same inode
+    os.utime(tmp_path / "a" / "0.bmp", (0, 0))
+    assert read_folder(tmp_path / "a").images[0, 0, 0, 0] == 90
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "[[1, 2]]", "[4, 4, 4]", '[["', "null"])
+def test_kept_headers_that_do_not_fit_are_read_again(tmp_path, content):
+    arrays = folder_of(tmp_path / "a")
+    read_folder(tmp_path / "a")
+    (kept,) = (cache_dir() / "folders").glob("*.json")
+    kept.write_text(content)
+    assert np.array_equal(read_folder(tmp_path / "a").images, np.stack(arrays)[:, None])
+
+
+@pytest.fixture
+def no_waiting():
+    def give_up(*_):
+        raise AssertionError("A pipe was opened.")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    for path in (tmp_path, tmp_path / "x.npz"):
+        with pytest.raises(DataError, match=r"x.npz is neither a folder of images nor an npz file"):
+            read_folder(path)
 
 
 def test_nothing_of_a_restricted_folder_stays_in_the_cache(tmp_path):
@@ -307,8 +412,35 @@ def test_an_npz_of_any_layout(tmp_path, shape):
 
 
 @pytest.mark.parametrize(
+    ("shape", "last"),
+    [
+        ((2, 9, 8, 8), False),
+        ((2, 64, 16, 16), False),
+        ((2, 1, 8, 8), False),
+        ((2, 8, 9, 4), True),
+        ((2, 9, 9, 3), True),
+    ],
+)
+def test_channels_are_told_by_their_number(tmp_path, shape, last):
+    np.savez(tmp_path / "set.npz", images=pixels(*shape))
+    assert np.array_equal(
+        packing.npz_images(tmp_path / "set.npz", pixels(*shape)),
+        pixels(*shape).transpose(0, 3, 1, 2) if last else pixels(*shape),
+    )
+
+
+def test_class_names_of_any_length_are_names(tmp_path):
+    np.savez(tmp_path / "set.npz", images=pixels(3, 8, 8), labels=np.array(["9" * 5000, "10", "9"]))
+    assert read_folder(tmp_path / "set.npz").classes == ("9", "10", "9" * 5000)
+
+
+@pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
+        ({"images": pixels(2, 1, 28, 1)}, "channels cannot be told"),
+        ({"images": pixels(2, 3, 16, 3)}, "channels cannot be told"),
+        ({"images": pixels(2, 16, 16, 9)}, "channels cannot be told"),
+        ({"images": pixels(2, 8, 8), "labels": np.array([0.5, 1])}, r"but they are float64 \(2,\)"),
         ({"pixels": pixels(2, 8, 8)}, "has no array 'images'"),
         ({"images": np.zeros((2, 8, 8))}, "images must be uint8"),
         ({"images": pixels(2, 9, 9, 9)}, "channels cannot be told"),
@@ -337,3 +469,18 @@ def test_sets_with_other_numbers_of_channels_are_refused(tmp_path):
     np.savez(tmp_path / "made.npz", images=pixels(5, 9, 32, 32))
     with pytest.raises(DataError, match=r"different numbers of channels \(real 1, synthetic 9\)"):
         read_sets(tmp_path / "real", tmp_path / "made.npz")
+
+
+@pytest.mark.parametrize("turn", [lambda x: x[..., ::-1], lambda x: x[::-1], lambda x: x.transpose(0, 1, 3, 2)])
+def test_views_become_tensors(turn):
+    images = pixels(2, 1, 8, 8)
+    floats = images.astype(np.float64) / 127.5 - 1
+    for view in (turn(images), turn(floats), turn(floats.astype(">f4"))):
+        assert np.allclose(as_images(view).numpy(), turn(floats), atol=1e-6)
+    assert np.allclose(as_tensor(turn(images)).numpy(), turn(floats), atol=1e-6)
+
+
+def test_tensors_do_not_share_memory_with_their_images():
+    images = np.zeros((1, 1, 8, 8), np.float32)
+    as_images(images).add_(1)
+    assert not images.any()

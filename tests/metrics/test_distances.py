@@ -269,6 +269,14 @@ def test_class_score_reaches_from_one_to_the_number_of_classes():
     assert class_score(sure, splits=1).spread == 0 < found.spread
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_class_score_of_logits_that_are_not_finite_is_refused(value):
+    logits = np.zeros((20, 3))
+    logits[4, 1] = value
+    with pytest.raises(ValueError, match="logits are not finite"):
+        class_score(logits, splits=2)
+
+
 def manifold_by_loops(real, synthetic, k):
     radius = [np.sort([np.linalg.norm(a - b) for b in real])[k] for a in real]
     other = [np.sort([np.linalg.norm(a - b) for b in synthetic])[k] for a in synthetic]
@@ -312,6 +320,32 @@ def test_precision_and_the_rest_equal_torch_fidelity_and_prdc(n, m, k, kind):
         assert found[name] == pytest.approx(theirs[name], rel=1e-6)
     prdc = pytest.importorskip("prdc", reason="prdc comes with the extra `bench`")
     assert found == pytest.approx(prdc.compute_prdc(real, synthetic, k), rel=1e-6)
+
+
+@pytest.mark.parametrize(("levels", "dim"), [(3, 3), (2, 64), (256, 784)])
+def test_whole_numbers_tie_as_in_prdc_and_loops(levels, dim):
+    rng = np.random.default_rng(0)
+    real, synthetic = rng.integers(0, levels, (60, dim)).astype(float), rng.integers(0, levels, (50, dim)).astype(float)
+    synthetic[:20] = real[:20]
+    found = precision_recall_density_coverage(real, synthetic, 5)
+    squares = [np.square(a[:, None] - b).sum(-1) for a, b in ((real, real), (synthetic, synthetic), (real, synthetic))]
+    own, other = (np.sort(square, axis=1)[:, 5] for square in squares[:2])
+    inside = squares[2] < own[:, None]
+    assert found == pytest.approx({
+        "precision": inside.any(0).mean(), "recall": (squares[2] < other).any(1).mean(),
+        "density": inside.sum() / 250, "coverage": inside.any(1).mean(),
+    })  # fmt: skip
+    prdc = pytest.importorskip("prdc", reason="prdc comes with the extra `bench`")
+    assert found == pytest.approx(prdc.compute_prdc(real, synthetic, 5))
+
+
+@pytest.mark.parametrize(("dim", "shift"), [(64, 0), (784, 3), (2048, 0.5)])
+def test_a_copy_at_the_edge_of_a_ball_is_outside(dim, shift):
+    """All synthetic images are copies, so each image's farthest copy lies exactly at its edge."""
+    rows = draw(0, 150, dim, shift=shift)
+    for m in (57, 100, 133):
+        found = precision_recall_density_coverage(rows[:m], rows[m - 1 :: -1], 5)
+        assert found == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}  # itself and four neighbours
 
 
 def test_coverage_of_equal_distributions_is_what_the_paper_says():

@@ -1,4 +1,5 @@
 import tracemalloc
+from dataclasses import replace
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from lookalike.data import ImageSet
 from lookalike.metrics import as_images
 from lookalike.metrics.extractors import Extractor, efficientnet_lite0, random_conv
-from lookalike.metrics.features import features, logits
+from lookalike.metrics.features import _content_hash, features, logits
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,20 @@ def test_cache_spares_the_network_and_depends_on_pixels_shape_and_name(tmp_path,
     features(images.view(4, 2, 28, 28), counting, tmp_path)
     assert counting.network.seen == 40
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy"] * 5  # nothing unfinished is left
+
+
+def test_cached_features_of_another_size_or_batch_are_not_taken(tmp_path, tiny_images, counting):
+    images, _ = tiny_images
+    for extractor, batch_size in ((counting, 16), (replace(counting, image_size=6), 16), (counting, 3)):
+        kept = features(images, extractor, tmp_path, batch_size)
+        np.testing.assert_array_equal(kept, features(images, extractor, batch_size=batch_size))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_cache_s_key_holds_what_shapes_the_features(counting):
+    elsewhere = replace(counting, network=Counting().to("meta"))
+    kinds = [counting, replace(counting, dim=4), replace(counting, slices=2), elsewhere]
+    assert len({_content_hash(np.zeros(1), [b""], kind, 16) for kind in kinds}) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other shape", "not finite"])

@@ -1,6 +1,6 @@
 """Intervals and paired tests against scipy, closed forms and slow twins; how often they cover: test_coverage.py."""
 
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -56,6 +56,14 @@ def test_a_claim_is_as_strong_as_its_weakest_margin():
     assert weakest([1.0], [2.0]) == {"value": 1.0, "low": None, "high": None, "n": 1}
 
 
+def test_a_claim_with_a_margin_that_is_not_defined_is_not_defined_in_any_order():
+    margins = [np.array([1.0, 2.0]), np.array([np.nan, 1.0]), np.array([3.0, 4.0])]
+    for order in permutations(margins):
+        found = weakest(*order)
+        assert np.isnan(found["value"])
+        assert (found["low"], found["high"], found["n"]) == (None, None, 2)
+
+
 def test_two_margins_of_chance_seldom_make_or_break_a_claim():
     rng = np.random.default_rng(0)
     found = [weakest(rng.normal(size=3), rng.normal(size=3)) for _ in range(1000)]
@@ -71,6 +79,12 @@ def test_what_is_not_defined_says_so():
 def test_clopper_pearson_equals_scipy(successes, n):
     exact = binomtest(successes, n).proportion_ci(0.95, method="exact")
     assert clopper_pearson(successes, n) == pytest.approx((exact.low, exact.high), abs=1e-10)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(3, 2), (-1, 5)])
+def test_a_share_beyond_its_ends_is_refused(successes, n):
+    with pytest.raises(ValueError, match=f"from 0 to {n} successes, not {successes}"):
+        clopper_pearson(successes, n)
 
 
 def test_clopper_pearson_covers():

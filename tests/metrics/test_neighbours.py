@@ -20,8 +20,10 @@ def pixels(seed, n=12, shape=(1, 4, 5), levels=256):
     return np.random.default_rng(seed).integers(0, levels, (n, *shape), dtype=np.uint8)
 
 
-def rows_of(kind, seed, n, levels=256):
-    return pixels(seed, n, levels=levels) if kind == "uint8" else draw(seed, n).astype(kind)
+def rows_of(kind, seed, n, levels=256, dim=None):
+    if kind == "uint8":
+        return pixels(seed, n, (1, 4, 5) if dim is None else (dim,), levels)
+    return draw(seed, n, dim or 5).astype(kind)
 
 
 def all_pairs(queries, reference):
@@ -64,8 +66,8 @@ def test_a_scan_equals_all_pairs(kind, levels, chunks):
 @few
 @given(seeds, st.sampled_from(KINDS), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_nearest_equals_all_pairs(seed, kind, n, m, data):
-    levels = data.draw(st.sampled_from([1, 2, 256]))
-    queries, reference = rows_of(kind, seed, n, levels), rows_of(kind, seed + 1, m, levels)
+    levels, dim = data.draw(st.sampled_from([1, 2, 256])), data.draw(st.integers(1, 9))
+    queries, reference = rows_of(kind, seed, n, levels, dim), rows_of(kind, seed + 1, m, levels, dim)
     every = all_pairs(queries, reference)
     found, index = nearest(queries, reference)
     np.testing.assert_allclose(found, every.min(1), rtol=1e-12)
@@ -119,6 +121,14 @@ def test_pixels_that_differ_in_one_grey_level(product):
     found, index = nearest(queries, reference)
     assert (found == 1).all()
     assert (index == np.arange(50)).all()
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(3, 5, 1), (40, 97, 1), (3, 5, 2**16 + 1)])
+def test_a_single_column_is_exact(product, n, m, dim):
+    queries, reference = pixels(0, n, (dim,)), pixels(1, m, (dim,))
+    a, b = neighbours._signed(queries), neighbours._signed(reference)
+    assert torch.equal(neighbours._products(a, b).double(), a.double() @ b.double().T)
+    np.testing.assert_array_equal(scan(queries, reference, k=m).distances, np.sort(all_pairs(queries, reference), 1))
 
 
 def test_products_are_exact_and_a_processor_that_saturates_is_found_out(product, monkeypatch):
@@ -186,6 +196,49 @@ def test_of_equal_rows_the_first_counts(kind, chunks):
     assert (found.indices == [0, 1, 2]).all()
     assert (found.counts == [0, 40]).all()
     assert (found.share_counts == 40).all()  # all pairs lie at the edge of the smallest share
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_whole_numbers_as_floats_have_exact_edges(kind, chunks):
+    queries, reference = pixels(0, 60, (30,), 4), pixels(1, 70, (30,), 4)
+    every = all_pairs(queries, reference)
+    radii = np.sqrt([50, 60, 64, 75, 81])
+    settings = {"k": 3, "median": True, "radii": radii, "share": 0.01}
+    found, exact = scan(queries.astype(kind), reference.astype(kind), **settings), scan(queries, reference, **settings)
+    np.testing.assert_array_equal(found.counts, np.stack([(every <= radius).sum(1) for radius in radii], 1))
+    np.testing.assert_array_equal(found.indices, exact.indices)
+    np.testing.assert_array_equal(found.medians, exact.medians)
+    assert found.share_radius == exact.share_radius
+    np.testing.assert_array_equal(found.share_counts, exact.share_counts)
+
+
+@few
+@given(seeds)
+def test_a_pair_at_a_radius_is_inside(seed):
+    """Any float rows: the radius of each pair, from its differences, holds that pair."""
+    queries, reference = draw(seed, 6, 40, shift=30), draw(seed + 1, 9, 40, shift=30)
+    reference[0] = 1e4  # its length is what rounding follows
+    every = all_pairs(queries, reference)
+    for i, radii in enumerate(every):
+        counts = scan(queries[i : i + 1], reference, radii=radii * (1 + 1e-15)).counts[0]
+        np.testing.assert_array_equal(counts, (radii[:, None] >= radii).sum(1))
+
+
+@pytest.mark.parametrize("what", ["outlier", "clusters"])
+def test_rows_that_float32_cannot_tell_apart_are_not_measured_one_by_one(what, monkeypatch):
+    queries, reference = (draw(seed, 200, 60).astype(np.float32) for seed in (0, 1))
+    if what == "outlier":
+        reference[0] = 1e5
+    else:
+        queries, reference = (1e-3 * rows + np.repeat([[0], [1]], 100, 0) for rows in (queries, reference))
+        queries, reference = queries.astype(np.float32), reference.astype(np.float32)
+    measured, measure = [], neighbours._measure
+    monkeypatch.setattr(neighbours, "_measure", lambda s, u, *rest: measured.append(u.sum()) or measure(s, u, *rest))
+    found, index = nearest(queries, reference)
+    every = all_pairs(queries, reference)
+    np.testing.assert_allclose(found, every.min(1), rtol=1e-9)
+    np.testing.assert_array_equal(index, every.argmin(1))
+    assert 200 <= sum(measured) < 300  # of 40,000 pairs
 
 
 def test_arrays_tensors_image_sets_and_views_agree():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from lookalike.data.image_set import ImageSet
 from lookalike.metrics.classifiers import (
     FrozenBackbone,
     SmallNetwork,
@@ -241,6 +242,9 @@ def test_ranks_of_what_cannot_be_ranked_are_refused():
         auroc([0, 1, 2], [0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="one score, a number, per label"):
         auprc([0, 1], [0.1, np.nan])
+    for label in (2, -1, 0.5):
+        with pytest.raises(ValueError, match="Labels are 0 to 1, one of the 2 classes with a score"):
+            measure([0, 1, label], np.eye(3)[:, :2], metric="accuracy")
     with pytest.raises(ValueError, match="A metric is one of auroc"):
         measure([0, 1], np.eye(2), metric="f1")
 
@@ -381,6 +385,16 @@ def test_a_network_by_name_learns_and_takes_weights_for_all_but_its_head(tmp_pat
     assert TimmClassifier("test_resnet", 9, 2)(torch.zeros(2, 9, 32, 32)).shape == (2, 2)
 
 
+def test_weights_from_a_gpu_are_read_onto_the_cpu(tmp_path, monkeypatch):
+    torch.save(TimmClassifier("test_resnet", 3, 10).network.state_dict(), path := tmp_path / "weights.pth")
+    places, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **settings: places.append(settings.get("map_location")) or load(*args, **settings)
+    )
+    TimmClassifier("test_resnet", 1, 2, weights=path)
+    assert places == ["cpu"]
+
+
 def test_training_follows_its_seed_and_leaves_the_random_stream_alone():
     images, labels = squares(12, 0)
     classifier = FrozenBackbone(random_conv(0, 12, 8), hidden=5, training=Training(epochs=2))
@@ -491,3 +505,42 @@ def test_image_sets_bring_their_subjects_and_the_names_of_their_classes():
     found = rows[0]["auprc"]
     assert found["n"] == len(np.unique(test.subjects)) < len(test)
     assert found["positive"] == test.classes[1]
+
+
+def named(n, seed, classes=("dark", "bright"), subjects=None, kind="patient"):
+    """An ImageSet whose class "bright" is the bright one, wherever it stands among the classes."""
+    rng = np.random.default_rng(seed)
+    bright = np.arange(n) % 2
+    images = (rng.integers(0, 60, (n, 1, 12, 12)) + 150 * bright[:, None, None, None]).astype(np.uint8)
+    labels = np.array([classes.index(("dark", "bright")[b]) if "bright" in classes else b for b in bright], np.int64)
+    subjects = np.array([f"{seed}-{i}" for i in range(n)]) if subjects is None else subjects
+    return ImageSet(images, labels, subjects, classes, "x", "all", "none", False, "real", subject_kind=kind)
+
+
+def test_classes_of_other_names_or_in_another_order_are_refused():
+    train, test, synthetic = named(12, 0), named(12, 1), named(12, 2)
+    turned, other = named(12, 3, ("bright", "dark")), named(12, 4, ("a", "b"))
+    for sets in ((synthetic, train, turned), (synthetic, turned, test), (turned, train, test), (other, train, test)):
+        with pytest.raises(ValueError, match=r"of another .*: give all the same, in one order"):
+            utility_table(*sets, QUICK, (0,))
+    with pytest.raises(ValueError, match="The classes of one set are dark, bright, of another bright, dark"):
+        predictions({"good": synthetic, "turned": turned}, train, test, QUICK, (0,))
+    with pytest.raises(ValueError, match="of another bright, dark"):
+        predictions(synthetic, train, test, QUICK, (0,), val=turned, select="auroc")
+    unnamed = synthetic.images, synthetic.labels
+    assert list(predictions({"good": synthetic, "unnamed": unnamed}, train, test, QUICK, (0,))) == [
+        "good", "unnamed", "real",
+    ]  # fmt: skip
+
+
+def test_images_and_known_subjects_on_both_sides_are_refused():
+    train, test, val = named(12, 0), named(12, 1), named(12, 2)
+    with pytest.raises(ValueError, match="12 training images are test images too; the classifier would be tested on"):
+        predictions(val, (test.images, test.labels), test, QUICK, (0,))
+    with pytest.raises(ValueError, match="12 subjects have images in both the training and the test set"):
+        predictions(val, named(12, 5, subjects=test.subjects), test, QUICK, (0,))
+    chosen = partial(predictions, named(12, 4), train, test, QUICK, (0,), select="auroc")
+    with pytest.raises(ValueError, match="12 subjects have images in both the validation and the test set; the test"):
+        chosen(val=named(12, 2, subjects=test.subjects))
+    assert "real" in chosen(val=named(12, 2, subjects=test.subjects, kind="image"))  # numbers of images, not people
+    assert "real" in predictions(test, train, test, QUICK, (0,))  # a copier is for other measures to find

@@ -96,6 +96,16 @@ def test_full_black_box_measures_unit_pixels_exactly_for_every_kind_of_image():
     np.testing.assert_allclose(gan_leaks_full_black_box(*rows), expected, atol=1e-9)
 
 
+def test_images_beside_rows_are_refused_for_their_units_differ():
+    images = pictures(12, 1)
+    rows = images.reshape(12, -1) / 255
+    for sets in ((images, rows), (rows, images), (as_images(images), rows)):
+        with pytest.raises(ValueError, match="give all as images or all as rows"):
+            gan_leaks_full_black_box(*sets)
+    with pytest.raises(ValueError, match="give all as images or all as rows"):
+        authenticity(images, images, rows)
+
+
 def test_calibration_finds_among_easy_and_hard_images_what_distances_alone_miss():
     rng = np.random.default_rng(0)
     contrast = np.where(np.arange(200) % 2, 0.9, 0.1)[:, None]  # every other image is plain and near to everything

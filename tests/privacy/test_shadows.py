@@ -317,6 +317,43 @@ def test_released_images_of_copiers_give_their_members_away():
     assert attack_result("lira", *found).low > 0.9
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.1])  # 0.1: the mean of equal numbers is rounded
+def test_perfect_copiers_are_found_although_their_members_signals_never_vary(offset):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (50, 1, 6, 6)).astype(np.uint8)
+    included = draw_inclusion(12, 30)
+    found = sample_signals([images[:30][row] for row in included], images)
+    assert (found[:, :30][included] == 0).all()
+    found += offset
+    scored = shadow_scores(found[:, :30], included, found[:, 30:])
+    assert scored.notes == ()
+    for name in ("lira", "lira_offline"):
+        assert np.isfinite(scored.scores[name]).all()
+        assert attack_result(name, *scored.pooled(name)).auc > 0.99
+    with pytest.raises(ValueError, match="its variance is 0"):
+        lira(found[0, :30], found[2:, :30], included[2:], fixed_variance=False)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_attacks_without_any_spread_are_left_out_with_a_note(value):
+    included, rng = draw_inclusion(6, 20), np.random.default_rng(0)
+    found = shadow_scores(np.full((6, 20), value), included, rng.normal(size=(6, 9)))
+    assert set(found.scores) == {"loss", "rmia", "rmia_offline"}
+    assert [note.split()[0] for note in found.notes] == ["lira", "lira_offline"]
+    with pytest.raises(ValueError, match=r"no scores of 'lira'. lira was left out: no image's signal differs"):
+        found.pooled("lira")
+    found = shadow_scores(rng.normal(size=(6, 20)), included, np.full((6, 9), value))
+    assert set(found.scores) == {"loss", "lira", "lira_offline"}
+    assert len(found.notes) == 2
+
+
+def test_the_floor_leaves_signals_that_vary_as_they_are(monkeypatch):
+    target, shadows, included = drawn()
+    before = lira(target, shadows, included)
+    monkeypatch.setattr("lookalike.privacy.shadows.FLOOR", 0.0)
+    np.testing.assert_array_equal(lira(target, shadows, included), before)
+
+
 # --- the whole: overfitted VAEs
 
 

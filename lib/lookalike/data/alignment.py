@@ -68,9 +68,9 @@ def near_duplicates(
     texture, and hears a copy through a mixture. features: rows (N, D), (M, D) of any extractor, as a further space in
     which candidates are looked for.
     """
-    queries, reference = _checked(queries, reference)
-    rows = _candidates(queries, reference, query_subjects, reference_subjects, features)
-    return _best(_align(queries, reference, rows, view), reference_subjects)
+    queries, reference = checked_pair(queries, reference)
+    rows = candidates(queries, reference, query_subjects, reference_subjects, features)
+    return best_match(align(queries, reference, rows, view), reference_subjects)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Pairs:
     zooms: np.ndarray
 
 
-def _checked(queries, reference):
+def checked_pair(queries, reference):
     same = queries is reference
     queries, reference = (getattr(images, "images", images) for images in (queries, reference))
     for images in (queries, reference):
@@ -106,7 +106,7 @@ def _barred(same, count, query_subjects, reference_subjects):
     return codes[: len(query_subjects)], codes[len(query_subjects) :]
 
 
-def _candidates(queries, reference, query_subjects=None, reference_subjects=None, features=None):
+def candidates(queries, reference, query_subjects=None, reference_subjects=None, features=None):
     """(N, F, K) reference rows for each mirroring, -1 where there are fewer."""
     barred = _barred(queries is reference, len(queries), query_subjects, reference_subjects)
     found = []
@@ -136,7 +136,7 @@ def _top(moved, large, barred):
     return torch.cat(parts)
 
 
-def _align(queries, reference, rows, view):
+def align(queries, reference, rows, view):
     stored = _details(reference, view)
     parts = []
     for zoom in ZOOMS:
@@ -268,7 +268,7 @@ def _flipped(images, flip):
     return images if flip == "none" else images.flip(-1 if flip == "horizontal" else -2)
 
 
-def _best(pairs, reference_subjects):
+def best_match(pairs, reference_subjects):
     everyone = np.arange(len(pairs.rows))
     top = pairs.similarity.argmax(1)
     rows = np.where(pairs.similarity[everyone, top] < -1, -1, pairs.rows[everyone, top])

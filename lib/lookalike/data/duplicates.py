@@ -16,19 +16,12 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import betabinom
 
 from lookalike.data.alignment import (
-    CANDIDATES,  # noqa: F401  its old place
-    FLIPS,  # noqa: F401  its old place
-    MAX_SHIFT,  # noqa: F401  its old place
-    THUMBNAILS,  # noqa: F401  its old place
     VIEWS,
-    WORK,  # noqa: F401  its old place
-    WORK_MANY,  # noqa: F401  its old place
-    ZOOMS,  # noqa: F401  its old place
     Matches,
-    _align,
-    _best,
-    _candidates,
-    _checked,
+    align,
+    best_match,
+    candidates,
+    checked_pair,
     near_duplicates,
 )
 from lookalike.data.image_set import ImageSet
@@ -81,7 +74,7 @@ def flag_copies(
     then raise the threshold. An image that is flagged is like a real one for whatever reason; one that is not may still
     be a copy that was turned, or strongly altered. reverse: also flag against the holdout (doubles the time).
     """
-    synthetic, real = _checked(synthetic, real)
+    synthetic, real = checked_pair(synthetic, real)
     real, real_subjects, real_rows, notes = _once(real, real_subjects)
     equal = _equal_rows(synthetic, real)
     matches = _views(synthetic, real, None, real_subjects)
@@ -230,10 +223,11 @@ def subject_overlap(first: ImageSet, second: ImageSet, threshold: float | None =
 
 
 def _once(real, subjects):
-    """The real images without exact repeats, whose subjects they are, and their rows."""
+    """The real images without exact repeats, whose subjects they are (or names unlike any holdout's), their rows."""
     digests = image_digests(real)
     rows = np.sort(np.unique(digests, return_index=True)[1])
-    subjects = np.asarray(rows if subjects is None else np.asarray(subjects)[rows]).astype(str)
+    unknown = subjects is None
+    subjects = np.char.add("real ", rows.astype(str)) if unknown else np.asarray(subjects)[rows].astype(str)
     if len(rows) == len(real):
         return real, subjects, rows, []
     return real[rows], subjects, rows, [f"{len(real) - len(rows):,} real images that repeat another were left out."]
@@ -250,7 +244,7 @@ def _equal_rows(queries, reference):
 
 def _innocent(holdout, subjects, real, real_subjects, notes):
     """Held-out images of nobody in the real set, and their subjects."""
-    _, holdout = _checked(real, holdout)
+    _, holdout = checked_pair(real, holdout)
     named = subjects is not None
     subjects = np.char.add("held out ", np.arange(len(holdout)).astype(str)) if not named else np.asarray(subjects)
     repeats = _equal_rows(holdout, real) >= 0
@@ -266,8 +260,8 @@ def _innocent(holdout, subjects, real, real_subjects, notes):
 
 def _views(queries, reference, query_subjects, reference_subjects):
     """Matches by view, from the same candidates."""
-    rows = _candidates(queries, reference, query_subjects, reference_subjects)
-    return {view: _best(_align(queries, reference, rows, view), reference_subjects) for view in VIEWS}
+    rows = candidates(queries, reference, query_subjects, reference_subjects)
+    return {view: best_match(align(queries, reference, rows, view), reference_subjects) for view in VIEWS}
 
 
 def _of_subjects(values, subjects):
@@ -336,13 +330,13 @@ def _near_pairs(images, threshold):
     """Pairs (P, 2) of rows i < j at or above the threshold, exact repeats too, and each image's best similarity."""
     if len(images) < 2:
         return np.empty((0, 2), int), np.zeros(len(images))
-    images, _ = _checked(images, images)
-    pairs = _align(images, images, _candidates(images, images), "fine")
+    images, _ = checked_pair(images, images)
+    pairs = align(images, images, candidates(images, images), "fine")
     rows, columns = (pairs.similarity >= threshold).nonzero()
     found = [np.stack([rows, pairs.rows[rows, columns]], 1)]
     equal = [np.stack([group[:-1], group[1:]], 1) for group in exact_duplicates(images)]
     ordered = np.sort(np.concatenate(found + equal), axis=1)
-    return np.unique(ordered, axis=0), _best(pairs, None).similarity
+    return np.unique(ordered, axis=0), best_match(pairs, None).similarity
 
 
 def _groups(pairs, count):

@@ -21,16 +21,16 @@ from lookalike.data.datasets import _resized
 from lookalike.data.image_set import ImageSet
 from lookalike.data.manifest import DataError
 from lookalike.data.packing import (
-    _PACKING,
-    _clear,
-    _decode,
-    _folder,
-    _header,
-    _npz_column,
-    _npz_images,
-    _pack,
-    _place,
-    _write,
+    PACKING,
+    cache_folder,
+    clear,
+    decode,
+    npz_column,
+    npz_images,
+    pack,
+    place,
+    read_header,
+    write_whole,
 )
 from lookalike.data.reading import read_npz
 
@@ -72,8 +72,9 @@ def read_sets(real, synthetic, holdout=None, subjects=None, image_size=None, res
     """Folders of real, synthetic and held-out real images, brought to one shape.
 
     A folder holds images (png, jpeg, bmp, tiff, gif, webp; of several frames the first), or one sub-folder of images
-    per class; or it is an npz with uint8 `images` (N, H, W), (N, H, W, C) or (N, C, H, W) and, if wanted, `labels` and
-    `subjects`. Labels are kept if all sets have classes.
+    per class; or it is an npz with uint8 `images` (N, H, W), (N, H, W, C) with 1, 3 or 4 channels, or (N, C, H, W) and,
+    if wanted, `labels` and `subjects`. EXIF tags that turn an image are followed. Labels are kept if all sets have
+    classes.
 
     Channels: grey if every pixel of every set is grey, else colour. Size: as it is if all images agree; else padded
     with black to squares and resized, bicubic, to `image_size` or, if none is given, to the smallest image's longer
@@ -137,7 +138,7 @@ def _find(name, path):
     if not path.exists():
         raise DataError(f"There is no folder {path} with {name} images.")
     path = path.resolve()
-    if path.is_file():
+    if not path.is_dir():
         return _find_npz(name, path)
     files, others = _list(path)
     if not files and len(arrays := [other for other in others["other"] if other.endswith(".npz")]) == 1:
@@ -148,7 +149,7 @@ def _find(name, path):
 
 
 def _list(root):
-    """[(path below root, size, mtime)] of the images, sorted, and what else there is by kind."""
+    """[(path below root, and what tells its content from an earlier one's)] of the images, sorted; the rest by kind."""
     others = {"hidden": [], "other": [], "link": [], "deep": []}
     flat, nested = _list_one(root, "", others)
     files = [file for folder in nested for file in _list_one(root, folder, others)[0]]
@@ -172,7 +173,8 @@ def _list_one(root, folder, others):
             elif entry.is_dir():
                 (others["deep"] if folder else folders).append(path)
             elif path.lower().endswith(SUFFIXES) and stat.S_ISREG((status := entry.stat()).st_mode):
-                files.append((path, status.st_size, status.st_mtime_ns))
+                # Size and mtime are equal where one export replaced another; ctime and inode nobody sets.
+                files.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
             else:
                 others["other"].append(path)
     return files, sorted(folders)
@@ -212,15 +214,17 @@ def _said_of_others(name, others):
 
 def _survey(name, root, files, notes):
     """Sizes and modes from the headers alone, kept in the cache: opening 100,000 files takes a while."""
-    key = hashlib.sha256(json.dumps([_PACKING, str(root), files]).encode()).hexdigest()[:24]
-    kept = _folder() / f"{_place(root)}-{key}.json"
+    key = hashlib.sha256(json.dumps([PACKING, str(root), files]).encode()).hexdigest()[:24]
+    kept = cache_folder() / f"{place(root)}-{key}.json"
     try:
         headers = json.loads(kept.read_text())
-    except (OSError, ValueError):  # not there, or cut short
-        headers = [_header(root, path) for path, _, _ in files]
-        _clear(root, ".json")
-        _write(kept, json.dumps(headers).encode())
-    paths = tuple(path for path, _, _ in files)
+        if [len(header) for header in headers] != [6] * len(files):
+            raise ValueError
+    except (OSError, ValueError, TypeError):  # not there, cut short, or something else
+        headers = [read_header(root, path) for path, *_ in files]
+        clear(root, ".json")
+        write_whole(kept, json.dumps(headers).encode())
+    paths = tuple(path for path, *_ in files)
     heights, widths, colours, brightest, frames, transparent = zip(*headers)
     folders = [path.split("/")[0] if "/" in path else "" for path in paths]
     classes = tuple(sorted(set(folders) - {""}, key=_natural))
@@ -234,22 +238,22 @@ def _survey(name, root, files, notes):
 
 
 def _natural(text):
-    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
+    return (0, int(text), text) if text.isdecimal() and len(text) < 20 else (1, 0, text)  # int refuses 5,000 digits
 
 
 def _find_npz(name, path):
-    if path.suffix != ".npz":
+    if path.suffix != ".npz" or not path.is_file():  # opening a pipe would wait for ever
         raise DataError(f"{path} is neither a folder of images nor an npz file.")
     arrays = read_npz(path)
-    images = _npz_images(path, arrays.get("images"))
+    images = npz_images(path, arrays.get("images"))
     files = tuple(f"row {i}" for i in range(len(images)))
     sizes = np.tile(images.shape[2:], (len(images), 1))
     classes, labels = (), np.zeros(len(images), np.int64)
     if "labels" in arrays:
-        column = _npz_column(path, arrays, "labels", len(images))
+        column = npz_column(path, arrays, "labels", len(images))
         classes = tuple(sorted(set(column.tolist()), key=_natural))
         labels = np.array([classes.index(label) for label in column], np.int64)
-    owners = _npz_column(path, arrays, "subjects", len(images)) if "subjects" in arrays else None
+    owners = npz_column(path, arrays, "subjects", len(images)) if "subjects" in arrays else None
     colour = images.shape[1] == 3
     return _Found(name, path, files, classes, labels, sizes, colour, 0, (), images=images, subjects=owners)
 
@@ -423,17 +427,17 @@ def _pixels(found, size, bits, restricted, notes):
         return _grey_if_equal(found, resized, notes)
     channels = 3 if found.colour else 1
     shape = (len(found.files), channels, *size)
-    decoded = (_decode(found.root, path, channels, bits) for path in found.files)  # one at a time
+    decoded = (decode(found.root, path, channels, bits, was) for path, was in zip(found.files, found.sizes.tolist()))
     if restricted:  # a file without a name: gone when the last one who maps it ends
-        _clear(found.root, ".npy")
-        with tempfile.NamedTemporaryFile(dir=_folder(), prefix=".") as stream:
-            _pack(stream, decoded, shape)
+        clear(found.root, ".npy")
+        with tempfile.NamedTemporaryFile(dir=cache_folder(), prefix=".") as stream:
+            pack(stream, decoded, shape)
             return _grey_if_equal(found, np.load(stream.name, mmap_mode="r"), notes)
     settings = hashlib.sha256(json.dumps([shape, bits]).encode()).hexdigest()[:8]
-    path = _folder() / f"{_place(found.root)}-{found.key}-{settings}.npy"
+    path = cache_folder() / f"{place(found.root)}-{found.key}-{settings}.npy"
     if not path.exists():
-        _clear(found.root, ".npy", keep=found.key)
-        _write(path, lambda stream: _pack(stream, decoded, shape))
+        clear(found.root, ".npy", keep=found.key)
+        write_whole(path, lambda stream: pack(stream, decoded, shape))
     images = np.load(path, mmap_mode="r", allow_pickle=False)
     if images.shape != shape or images.dtype != np.uint8:
         raise DataError(f"{path} is not what was packed there: remove it.")

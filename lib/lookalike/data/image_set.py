@@ -113,7 +113,7 @@ def as_tensor(images):
     images = images.images if isinstance(images, ImageSet) else images
     if images.dtype != np.uint8:
         raise ValueError(f"as_tensor takes uint8 images, not {images.dtype}.")
-    return torch.tensor(images, dtype=torch.float32).div_(127.5).sub_(1)
+    return torch.tensor(np.ascontiguousarray(images), dtype=torch.float32).div_(127.5).sub_(1)
 
 
 def to_uint8(images) -> np.ndarray:

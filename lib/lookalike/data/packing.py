@@ -7,6 +7,7 @@ that is then mapped, not loaded, so 100,000 images need little memory.
 
 import hashlib
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -18,20 +19,30 @@ from lookalike.data.manifest import DataError, cache_dir
 from lookalike.data.reading import MAX_PIXELS
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
-_PACKING = 1  # goes up when the same files would be read differently
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+PACKING = 2  # goes up when the same files would be read differently
+_ORIENTATION = 0x0112  # the EXIF tag, which is applied in all formats alike
+_TURNED = (5, 6, 7, 8)  # its values that swap width and height
+_CHANNELS = (1, 3, 4)  # of images whose last axis is theirs
 
 
-def _header(root, path):
+def read_header(root, path):
     """[height, width, in colour, brightest 16 bit pixel or 0, has several frames, transparency] of one file."""
     with _opened(root, path) as image:
-        width, height = image.size
-        if image.format == "JPEG" and image.getexif().get(0x0112) in _TURNED:
-            width, height = height, width
+        height, width = _upright_size(image)
         deep = image.mode.startswith(("I", "F"))
         brightest = _brightest(image, path) if deep else 0
         colour = not deep and image.mode not in ("1", "L", "LA", "La") and not _grey_palette(image)
         return [height, width, colour, brightest, getattr(image, "is_animated", False), _seen_through(image)]
+
+
+def _upright_size(image):
+    """(height, width) once turned, without decoding more than a TIFF that is turned."""
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels, so such a file is left to `decode`, which refuses.
+    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+    turned = exif.get(_ORIENTATION) in _TURNED
+    if turned and image.format == "TIFF":  # Pillow turns it itself, the size sooner than the pixels
+        return ImageOps.exif_transpose(image).size[::-1]
+    return image.size if turned else image.size[::-1]
 
 
 def _brightest(image, path):
@@ -53,15 +64,22 @@ def _grey_palette(image):
     return bool((palette == palette[:, :1]).all())
 
 
-def _decode(root, path, channels, bits):
-    """One file as uint8 (C, H, W)."""
+def decode(root, path, channels, bits, size):
+    """One file as uint8 (C, H, W); refused if H and W are not the `size` that its header gave."""
+    pixels = _decoded(root, path, channels, bits)
+    if pixels.shape[1:] != tuple(size):
+        found, said = (" x ".join(map(str, shape)) for shape in (pixels.shape[1:], size))
+        raise DataError(f"{path} in {root} decodes to {found} px, but its header says {said}: save it again.")
+    return pixels
+
+
+def _decoded(root, path, channels, bits):
     with _opened(root, path) as image:
+        image = ImageOps.exif_transpose(image)  # decodes too: only then is the size of a turned TIFF that of its pixels
         if image.mode.startswith("I"):
             grey = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
             grey = grey.round().clip(0, 255).astype(np.uint8)
             return np.broadcast_to(grey, (channels, *grey.shape))
-        if image.format == "JPEG":
-            image = ImageOps.exif_transpose(image)
         if _seen_through(image):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -78,17 +96,23 @@ class _opened:
 
     def __enter__(self):
         try:
-            self.image = Image.open(self.root / self.path, formats=_FORMATS)
+            # A stream and not a path: Pillow maps plain TIFFs that it has a path of, and those that are turned wrongly.
+            self.stream = open(self.root / self.path, "rb")
+        except OSError as error:
+            self._explain(error)
+        try:
+            self.image = Image.open(self.stream, formats=_FORMATS)
             width, height = self.image.size
             if width * height > MAX_PIXELS:
-                self.image.close()
                 raise Image.DecompressionBombError
             return self.image
         except Exception as error:
+            self.stream.close()
             self._explain(error)
 
     def __exit__(self, kind, error, traceback):
         self.image.close()
+        self.stream.close()
         if error is not None:
             self._explain(error)
 
@@ -101,7 +125,9 @@ class _opened:
             ) from None
         if isinstance(error, UnidentifiedImageError):
             raise DataError(f"{self.path} in {self.root} is not an image, whatever its name says: remove it.") from None
-        if isinstance(error, (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError)):
+        if isinstance(
+            error, (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+        ):
             reason = str(error).rstrip(".")
             raise DataError(f"{self.path} in {self.root} is damaged ({reason}): repair it or remove it.") from None
         raise error
@@ -110,61 +136,70 @@ class _opened:
 # --- the arrays of an npz -----------------------------------------------------------------------------------
 
 
-def _npz_images(path, images):
+def npz_images(path, images):
     if images is None:
         raise DataError(f"{path.name} has no array 'images'.")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise DataError(
-            f"{path.name}: images must be uint8, (N, H, W), (N, H, W, C) or (N, C, H, W) and not empty, "
+            f"{path.name}: images must be uint8, (N, H, W), (N, H, W, 1, 3 or 4) or (N, C, H, W) and not empty, "
             f"but they are {images.dtype} {images.shape}."
         )
     if images.ndim == 3:
         return images[:, None]
-    if images.shape[1] == images.shape[3]:
-        raise DataError(f"{path.name}: in images of shape {images.shape} the channels cannot be told from the pixels.")
-    return images if images.shape[1] < images.shape[3] else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    first, middle, last = images.shape[1:]
+    both = first in _CHANNELS and last in _CHANNELS
+    neither = first not in _CHANNELS and last not in _CHANNELS
+    if both or (neither and first in (middle, last)):  # the other reading has squares, as most images are
+        raise DataError(
+            f"{path.name}: in images of shape {images.shape} the channels cannot be told from the pixels: "
+            "store grey images as (N, H, W)."
+        )
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if last in _CHANNELS else images
 
 
-def _npz_column(path, arrays, key, count):
+def npz_column(path, arrays, key, count):
     column = arrays[key]
     if column.size != count or column.dtype.kind not in "uiUb":
-        raise DataError(f"{path.name}: {key} must be {count:,} integers or strings, but they are {column.shape}.")
+        raise DataError(
+            f"{path.name}: {key} must be {count:,} integers or strings, but they are {column.dtype} {column.shape}."
+        )
     return column.ravel().astype(int).astype(str) if column.dtype.kind == "b" else column.ravel().astype(str)
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
 
 
-def _pack(stream, images, shape):
+def pack(stream, images, shape):
     """Written in order, not through a map: on a full disk that is an error and not the end of the process."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
     for image in images:
-        stream.write(
-            np.ascontiguousarray(image if image.shape[1:] == shape[2:] else _resized(image[None], shape[2])[0])
-        )
+        image = image if image.shape[1:] == shape[2:] else _resized(image[None], shape[2])[0]
+        if image.shape != shape[1:] or image.dtype != np.uint8:  # or every image after it would be moved
+            raise DataError(f"An image of {image.dtype} {image.shape} does not fit into a pack of {shape}.")
+        stream.write(np.ascontiguousarray(image))
     stream.flush()
 
 
-def _folder():
+def cache_folder():
     """Readable by this user alone: what lies in it are somebody's images."""
     folder = cache_dir() / "folders"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
-def _place(root):
+def place(root):
     return hashlib.sha256(str(root).encode()).hexdigest()[:12]
 
 
-def _clear(root, suffix, keep=""):
+def clear(root, suffix, keep=""):
     """Removes what was kept of an earlier state of the folder."""
-    for old in _folder().glob(f"{_place(root)}-*{suffix}"):
+    for old in cache_folder().glob(f"{place(root)}-*{suffix}"):
         if not keep or f"-{keep}-" not in old.name:
             old.unlink(missing_ok=True)
 
 
-def _write(path, content):
+def write_whole(path, content):
     """`content`, bytes or a function of a stream, whole or not at all."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as stream:

@@ -22,7 +22,7 @@ def as_images(images):
     if not (np.abs(array) <= 1.001).all():  # also false where a pixel is not a number
         low, high = array.min(), array.max()
         raise ValueError(f"Images are in [-1, 1] or uint8 pixels; these floats reach from {low} to {high}.")
-    return torch.tensor(array, dtype=torch.float32)
+    return torch.from_numpy(np.array(array, np.float32, order="C"))  # torch takes no negative strides
 
 
 def to_unit(images):

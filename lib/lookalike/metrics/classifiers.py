@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lookalike.metrics import as_array, as_images, to_unit
+from lookalike.metrics.extractors import load_weights
 from lookalike.metrics.features import Extractor, features
 from lookalike.models.gan import trunk
 
@@ -247,9 +248,7 @@ def _train(model, views, labels, optimizer, epochs, batch_size, generator=None, 
 
 def _load_all_but_head(network, path):
     """Weights from a file; the last layer's do not count, and every other must be there and fit."""
-    from safetensors.torch import load_file
-
-    found = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True)
+    found = load_weights(path)
     own = network.state_dict()
     head = {name for name in own if name.startswith(_head_name(network))}
     wrong = [name for name in own if name not in head and (name not in found or found[name].shape != own[name].shape)]

@@ -23,7 +23,12 @@ DIRECTIONS = {
     "coverage": "higher",
     "vendi_ratio": "higher",
 }
-RANGES = {"frechet_distance": (0, np.inf), "precision": (0, 1), "recall": (0, 1), "coverage": (0, 1)}
+RANGES = {
+    "frechet_distance": (0, np.inf),
+    "density": (0, np.inf),
+    "vendi_ratio": (0, np.inf),
+    **{name: (0, 1) for name in ("precision", "recall", "coverage")},
+}
 
 
 def set_measures(real, other, k=5):
@@ -62,11 +67,14 @@ def measures_with_intervals(real, other, real_subjects=None, other_subjects=None
 
 
 def _half(count, subjects, rng):
-    if subjects is None:
-        return rng.permutation(count)[: count // 2]
-    names, rows = np.unique(subjects, return_inverse=True)
-    chosen = rng.permutation(len(names))[: len(names) // 2]
-    return np.flatnonzero(np.isin(rows, chosen))
+    """Rows of random subjects until about half of the rows are reached."""
+    names, owner, sizes = np.unique(
+        np.arange(count) if subjects is None else subjects, return_inverse=True, return_counts=True
+    )
+    order = rng.permutation(len(names))
+    reached = np.cumsum(sizes[order])
+    taken = int(np.argmin(np.abs(reached - count / 2))) + 1
+    return np.flatnonzero(np.isin(owner, order[:taken]))
 
 
 def _interval(name, value, parts):

@@ -12,9 +12,10 @@ import scipy.linalg
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import linregress
 
-from lookalike.metrics.neighbours import nearest  # noqa: F401  its old place
+from lookalike.metrics.neighbours import centre_of, nearest  # noqa: F401  the old place of nearest
 
 FLAT = 1e-10  # share of the largest variance below which the covariance has lost a direction's digits
+ROUNDING = 1e-13  # of a squared distance, as a share of the two rows' squared lengths about the centre
 PAIRS = 2**23  # of images, whose distances or kernels are held at one time: 64 MiB a matrix
 
 
@@ -134,6 +135,8 @@ def class_score(logits, splits=10, seed=0):
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2 or len(logits) < splits:
         raise ValueError(f"The class score needs logits (N, K) with at least {splits} images; got {logits.shape}.")
+    if not np.isfinite(logits).all():
+        raise ValueError("Some logits are not finite, so the class score is not defined: look at the network.")
     log_p = log_softmax(np.random.default_rng(seed).permutation(logits), axis=1)
     scores = [_class_score(part) for part in np.array_split(log_p, splits)]
     return ClassScore(float(np.mean(scores)), float(np.std(scores, ddof=1)) if splits > 1 else 0.0)
@@ -145,15 +148,17 @@ def precision_recall_density_coverage(real, synthetic, k=5):
     precision: synthetic images in some real ball; recall: real images in some synthetic ball (both Kynkäänniemi et
     al. 2019); coverage: real balls that hold a synthetic image; all in [0, 1]. density: real balls around a synthetic
     image, divided by k; may pass 1. Higher is better. Balls are open, as in the authors' prdc: equal images at the
-    edge are outside (torch-fidelity counts them). Equal distributions give less than 1, coverage about 1 - 2^-k at
-    equal N: compare only at equal N and k.
+    edge are outside (torch-fidelity counts them), and so is what lies within rounding of it, 1e-13 of the pair's
+    squared lengths about the real mean. Equal distributions give less than 1, coverage about 1 - 2^-k at equal N:
+    compare only at equal N and k.
     """
     real, synthetic = _checked(real, synthetic, at_least=k + 1)
-    centre = real.mean(0)
+    centre = centre_of(real)
     real, synthetic = real - centre, synthetic - centre
     real_radius, synthetic_radius = _squared_radius(real, k), _squared_radius(synthetic, k)
     precise, recalled, covered, count = np.zeros(len(synthetic), bool), 0, 0, 0
-    for start, between in _squared_distances(real, synthetic):
+    for start, between, rounding in _squared_distances(real, synthetic):
+        between += rounding
         in_real_ball = between < real_radius[start : start + len(between), None]
         precise |= in_real_ball.any(0)
         count += in_real_ball.sum()
@@ -251,18 +256,18 @@ def _class_score(log_p):
 
 
 def _squared_distances(x, y):
-    """Yields (start, squared distances (n, M)); zero where only rounding is left, so that equal images tie."""
+    """Yields (start, squared distances (n, M), their rounding); zero where only that is left: equal images tie."""
     x2, y2 = (np.square(rows).sum(1) for rows in (x, y))
     for part in _chunks(x, y):
         scale = x2[part, None] + y2
         squared = x[part] @ y.T
         squared *= -2
         squared += scale
-        scale *= 1e-13
+        scale *= ROUNDING
         squared[squared < scale] = 0
-        yield part.start, squared
+        yield part.start, squared, scale
 
 
 def _squared_radius(rows, k):
-    blocks = (np.partition(block, k, axis=1)[:, k] for _, block in _squared_distances(rows, rows))
+    blocks = (np.partition(block, k, axis=1)[:, k] for _, block, _ in _squared_distances(rows, rows))
     return np.concatenate(list(blocks))  # column 0 is the image itself

@@ -26,8 +26,9 @@ def features(images, extractor, cache=None, batch_size=16):
     Images are uint8 or floats in [-1, 1] of any size, also a memory-mapped array: only a batch at a time becomes
     floats. C is 1 or 3; any other number is a stack of slices whose features stand side by side, C x dim
     (`Extractor.for_channels`, which also names them). `cache` is a folder: features are kept there under a hash of
-    the pixels and the extractor's name. Batches of 16 stay in a CPU's cache and run twice as fast as 64; a GPU wants
-    more. Another batch size may change the last digits (below 1e-5 of the largest feature).
+    the pixels, the extractor's name, sizes and kind of device, and the batch size. The weights are not in it: give an
+    Extractor made by hand a name that no other network has. Batches of 16 stay in a CPU's cache and run twice as
+    fast as 64; a GPU wants more. Another batch size may change the last digits (below 1e-5 of the largest feature).
     """
     pixels = as_array(images)
     if pixels.ndim != 4 or 0 in pixels.shape:
@@ -36,7 +37,7 @@ def features(images, extractor, cache=None, batch_size=16):
     digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in pixels]
     if cache is None:
         return _extract(pixels, digests, extractor, batch_size)
-    path = Path(cache) / f"{_content_hash(pixels, digests, extractor.name)}.npy"
+    path = Path(cache) / f"{_content_hash(pixels, digests, extractor, batch_size)}.npy"
     rows = _read(path, (len(pixels), extractor.dim))
     if rows is None:
         rows = _extract(pixels, digests, extractor, batch_size)
@@ -67,8 +68,10 @@ def _extract(pixels, digests, extractor, batch_size):
     return rows if len(first) == len(order) else rows[order]
 
 
-def _content_hash(pixels, digests, name):
-    digest = hashlib.sha256(f"{name} {pixels.dtype} {pixels.shape}".encode())
+def _content_hash(pixels, digests, extractor, batch_size):
+    device = next(extractor.network.parameters()).device.type
+    made_by = (extractor.name, extractor.image_size, extractor.dim, extractor.slices, batch_size, device)
+    digest = hashlib.sha256(f"{made_by} {pixels.dtype} {pixels.shape}".encode())
     digest.update(b"".join(digests))
     return digest.hexdigest()
 

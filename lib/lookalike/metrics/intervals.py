@@ -43,10 +43,13 @@ def weakest(*margins, level=0.9):
     """The interval of a claim that needs every one of `margins` (arrays, one value per seed) to be positive.
 
     Value, low and high are the smallest over the margins: above 0 only if each margin is (intersection-union test).
+    One margin that is not defined makes the value NaN, without low and high.
     Taking the smallest margin per seed first would be biased against the claim.
     """
     found = [over_seeds(margin, level) for margin in margins]
-    smallest = {key: None if None in (v := [f[key] for f in found]) else min(v) for key in ("value", "low", "high")}
+    smallest = {
+        key: None if None in (v := [f[key] for f in found]) else float(np.min(v)) for key in ("value", "low", "high")
+    }
     return smallest | {"n": min(f["n"] for f in found)}
 
 
@@ -87,6 +90,8 @@ def _flips(gap):
 
 def clopper_pearson(successes, n, level=0.95):
     """Exact interval (low, high) of a share: covers the truth with a probability of at least `level`."""
+    if not 0 <= successes <= n:
+        raise ValueError(f"A share of {n} has from 0 to {n} successes, not {successes}.")
     tail = (1 - level) / 2
     low = stats.beta.ppf(tail, successes, n - successes + 1) if successes > 0 else 0.0
     high = stats.beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0

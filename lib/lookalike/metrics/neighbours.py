@@ -20,6 +20,7 @@ from lookalike.metrics import as_array
 PAIRS = 2**27  # squared distances held at one time: 1 GiB
 BLOCK = 2**18  # of these, looked at in one go
 BYTES = 2**26  # of reference rows held at one time; four times as much of queries
+DOUBTFUL = 0.01  # share of pairs to measure one by one from which on float64 products come cheaper
 WRONG = 1e-7  # relative error of a squared distance from which on it is measured from the differences
 
 
@@ -30,6 +31,8 @@ class Neighbours:
     distances, indices: (N, k), nearest first; of rows equally near the first counts. medians: (N,), over all M.
     counts: (N, R), reference rows within each radius, its edge included. share_radius: the radius within which that
     share of all N M pairs lies; share_counts: (N,), reference rows within it. What nobody asked for is None.
+    Edges are exact for whole numbers, also as floats. For other floats a pair at the edge of a radius is measured from
+    its differences; pairs that tie at the share's own radius may be parted by rounding.
     """
 
     distances: np.ndarray = field(repr=False)
@@ -59,7 +62,8 @@ def scan(queries, reference, k=1, median=False, radii=(), share=None, exclude_se
     others = len(reference) - exclude_self
     every_pair_counts = median or len(radii) > 0 or share is not None
     pixels = queries.dtype == np.uint8
-    squares = _pixel_squares if pixels else partial(_float_squares, k=k + exclude_self, every=every_pair_counts)
+    settled = {"k": k + exclude_self, "every": every_pair_counts, "radii": radii}
+    squares = _pixel_squares if pixels else partial(_float_squares, **settled)
     smallest = None if share is None else _Smallest(len(queries), round(share * len(queries) * others))
     parts = []
     for start, rows in _chunks(queries, min(PAIRS // len(reference), 4 * BYTES // _bytes(queries))):
@@ -143,12 +147,16 @@ def _lengths(rows, at_once=32):
 
 def _products(a, b):
     """a b^T of int8 rows, whole and exact: in slabs of columns whose sums fit their type."""
-    if _int8_serves():
-        if a.shape[1] <= 2**16:  # times 2^14 is below 2^31
-            return torch._int_mm(a, b.T)
-        return sum(torch._int_mm(x, y.T).double() for x, y in zip(a.split(2**16, dim=1), b.split(2**16, dim=1)))
-    slabs = zip(a.split(2**10, dim=1), b.split(2**10, dim=1))  # 2^10 times 2^14 is 2^24
-    return sum((x.float() @ y.float().T).double() for x, y in slabs)
+    width = 2**16 if _int8_serves() else 2**10  # times 2^14 is below 2^31, or is 2^24
+    if a.shape[1] <= width:
+        return _product(a, b)
+    return sum(_product(x, y).double() for x, y in zip(a.split(width, dim=1), b.split(width, dim=1)))
+
+
+def _product(a, b):
+    if a.shape[1] > 1 and _int8_serves():  # of a single column torch's int8 product is uninitialised memory
+        return torch._int_mm(a, b.T)
+    return a.float() @ b.float().T
 
 
 @lru_cache
@@ -163,11 +171,19 @@ def _int8_serves():
     return torch.equal(torch._int_mm(rows.to(torch.int8), rows.to(torch.int8).T).double(), expected)
 
 
-def _float_squares(queries, reference, k, every):
+def _float_squares(queries, reference, k, every, radii):
     """Squared distances (n, M) in float64; if not `every`, only those of the k nearest are right to WRONG."""
     narrow = np.result_type(queries.dtype, reference.dtype, np.float32) == np.float32
-    kind = np.float32 if narrow and not every else np.float64
-    centre = reference[:: -(-len(reference) // 256)].reshape(-1, _dim(reference)).mean(0, dtype=np.float64).astype(kind)
+    if narrow and not every:
+        squared = _float_squares_in(np.float32, queries, reference, k, every, radii)
+        if squared is not None:
+            return squared
+    return _float_squares_in(np.float64, queries, reference, k, every, radii)
+
+
+def _float_squares_in(kind, queries, reference, k, every, radii):
+    """The same by products of one type; None where so many are unsure in float32 that float64 comes cheaper."""
+    centre = centre_of(reference[:: -(-len(reference) // 256)].reshape(-1, _dim(reference))).astype(kind)
     a, a2 = _centred(queries, centre)
     squared, b2 = np.empty((len(a), len(reference))), []
     for start, rows in _chunks(reference, BYTES // _bytes(reference)):
@@ -182,16 +198,32 @@ def _float_squares(queries, reference, k, every):
     bound, least = 8 * a.shape[1] ** 0.5 * np.finfo(kind).eps, a.shape[1] * np.finfo(kind).tiny
     for first, block in _blocks(squared):
         rounding = bound * (a2[first : first + len(block), None] + b2) + least
-        _settle(block, rounding, queries[first:], reference, k, every)
+        unsure = _unsure(block, rounding, k, every, radii)
+        if kind == np.float32 and unsure.sum() > 2 * k * len(block) + DOUBTFUL * block.size:
+            return None
+        _measure(block, unsure, queries[first:], reference)
     return squared
 
 
-def _settle(squared, rounding, queries, reference, k, every):
-    """Measures from the differences, in place, what may be among the k nearest, and all that lost its digits."""
+def centre_of(rows):
+    """Mean (D,) of rows, float64; whole where the rows are, so that their squared distances stay exact."""
+    centre = rows.mean(0, dtype=np.float64)
+    return np.rint(centre) if (rows == np.rint(rows)).all() else centre
+
+
+def _unsure(squared, rounding, k, every, radii):
+    """Which pairs (n, M) may be among the k nearest or at the edge of a radius, and all that lost their digits."""
     farthest = torch.from_numpy(squared + rounding).topk(k, largest=False).values[:, -1:].numpy()
     unsure = squared - rounding <= farthest
     if every:
         unsure |= squared < rounding / WRONG
+    for radius in radii:
+        unsure |= abs(squared - np.square(np.float64(radius))) <= rounding
+    return unsure
+
+
+def _measure(squared, unsure, queries, reference):
+    """Squared distances from the differences, in place."""
     rows, columns = _where(unsure)
     at_once = max(1, BYTES // (8 * queries.shape[1]))
     for start in range(0, len(rows), at_once):

@@ -16,15 +16,13 @@ from lookalike.data.image_set import to_uint8
 from lookalike.metrics import as_array, as_images
 from lookalike.metrics.distances import frechet_distance
 from lookalike.metrics.textures import (
-    EPS,  # noqa: F401  its old place
-    STEPS,  # noqa: F401  its old place
-    _first_order,
-    _glcm,
-    _gldm,
-    _glrlm,
-    _glszm,
-    _ngtdm,
-    _shape,
+    first_order,
+    glcm,
+    gldm,
+    glrlm,
+    glszm,
+    ngtdm,
+    rectangle_shape,
 )
 
 RANGE_V0 = 7.45670747756958  # v0 scales each feature to [0, this]
@@ -174,8 +172,8 @@ def _features_v0(grey):
     inside = np.ones(grey.shape[1:], bool)
     inside[0, 0] = False
     levels = _bins(grey, inside, 25)
-    found = _shape(*inside.shape) | _first_order(grey[:, inside], levels[:, inside])
-    found |= _glcm(levels, correlation=True) | _glrlm(levels) | _gldm(levels) | _glszm(levels) | _ngtdm(levels)
+    found = rectangle_shape(*inside.shape) | first_order(grey[:, inside], levels[:, inside])
+    found |= glcm(levels, correlation=True) | glrlm(levels) | gldm(levels) | glszm(levels) | ngtdm(levels)
     return np.stack([np.broadcast_to(found[name], len(grey)) for name in FEATURE_NAMES], 1)
 
 
@@ -198,10 +196,10 @@ def _features_of_one(grey, small):
     bands = np.stack([small, *_wavelets(small)])[:, :h, :w]
     inside = np.ones((h, w), bool)
     levels = _bins(bands, inside, 5)
-    found = _first_order(bands[:, inside], levels[:, inside], shift=300, pixel_area=4)
+    found = first_order(bands[:, inside], levels[:, inside], shift=300, pixel_area=4)
     mean_is_noise = np.abs(found["firstorder_Mean"]) < ZERO
     found["firstorder_Mean"] = np.where(mean_is_noise, 0, found["firstorder_Mean"])
-    found |= _glcm(levels) | _glrlm(levels) | _glszm(levels) | _ngtdm(levels)
+    found |= glcm(levels) | glrlm(levels) | glszm(levels) | ngtdm(levels)
     features = np.stack([found[name] for name in _FILTERED_NAMES], 1)
     return np.concatenate([numbers, [mean[2], low[2], high[2]], features.ravel()])
 

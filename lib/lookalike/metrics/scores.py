@@ -80,11 +80,13 @@ def kept(labels, scores, reference, *, metric, positive=None, weights=None):
 
 
 def checked(labels, scores):
-    """Labels (N,) and scores (N, S, K) as arrays, from scores of that shape or (N, K)."""
+    """Labels (N,), from 0 to K - 1, and scores (N, S, K) as arrays, from scores of that shape or (N, K)."""
     labels, scores = np.asarray(labels), np.asarray(scores, float)
     scores = scores[:, None] if scores.ndim == 2 else scores
     if scores.ndim != 3 or labels.shape != scores.shape[:1]:
         raise ValueError(f"Scores are (N, K) or (N, S, K) with N labels; these are {scores.shape} and {labels.shape}.")
+    if not np.isin(labels, np.arange(scores.shape[2])).all():
+        raise ValueError(f"Labels are 0 to {scores.shape[2] - 1}, one of the {scores.shape[2]} classes with a score.")
     if np.isnan(scores).any():
         raise ValueError("Some class probabilities are not a number: the training has diverged.")
     return labels, scores

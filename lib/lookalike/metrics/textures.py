@@ -18,7 +18,7 @@ EPS = np.spacing(1)  # pyradiomics adds it inside every logarithm
 STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))  # the four directions, in rows and columns
 
 
-def _shape(h, w):
+def rectangle_shape(h, w):
     """Closed forms for an h x w rectangle without its first pixel, outlined through the edges' midpoints."""
     rows, columns = (axis.ravel()[1:].astype(np.float64) for axis in np.mgrid[:h, :w])
     minor, major = np.sqrt(np.linalg.eigvalsh(np.cov([rows, columns], ddof=0)))
@@ -37,7 +37,7 @@ def _shape(h, w):
     return _named("shape2D", found)
 
 
-def _first_order(pixels, levels, shift=0, pixel_area=1):
+def first_order(pixels, levels, shift=0, pixel_area=1):
     """Of the pixels (N, P) themselves; only Entropy and Uniformity read the levels."""
     x = pixels.astype(np.float64)
     p10, p25, median, p75, p90 = np.percentile(x, [10, 25, 50, 75, 90], axis=1)
@@ -74,7 +74,7 @@ def _first_order(pixels, levels, shift=0, pixel_area=1):
     return _named("firstorder", found)
 
 
-def _glcm(levels, correlation=False):
+def glcm(levels, correlation=False):
     """Pairs of neighbours: one symmetric matrix per image and direction, features averaged over directions.
 
     `correlation` adds MCC, the only feature that needs the matrix whole. An entry stands for itself and its mirror.
@@ -141,7 +141,7 @@ def _maximal_correlation(matrix, low, high, p, px):
     return np.where((px > 0).sum(1) < 2, 1, second)
 
 
-def _glrlm(levels):
+def glrlm(levels):
     """Runs of equal levels: one matrix per image and direction, features averaged over directions."""
     n, h, w = levels.shape
     flat = np.concatenate([levels.reshape(n, -1), np.zeros((n, 1), int)], 1)  # the last slot: between two lines
@@ -172,7 +172,7 @@ def _lines(h, w, step):
     return np.concatenate([np.append(h * w, line) for line in lines])
 
 
-def _gldm(levels):
+def gldm(levels):
     """Pixels by how many of their 8 neighbours have their level, themselves counted."""
     n = len(levels)
     same = np.zeros(levels.shape, int)
@@ -187,7 +187,7 @@ def _gldm(levels):
     return _named("gldm", {k.format(*words): v for k, v in found.items()})
 
 
-def _glszm(levels):
+def glszm(levels):
     """Zones: connected pixels of one level, diagonals included."""
     number = np.arange(levels.size).reshape(levels.shape)
     edges = []
@@ -240,7 +240,7 @@ def _sized(matrix, level, size, n):
     }
 
 
-def _ngtdm(levels):
+def ngtdm(levels):
     """How far pixels lie from the mean of their up to 8 neighbours, by grey level."""
     inside = levels > 0
     around, neighbours = (_box(maps) - maps for maps in (levels, inside.astype(int)))

@@ -6,7 +6,7 @@ no_free_lunch, pgan, mcgan_dp.
 
 A score means little alone: `utility_table` puts it beside what the real images give, what as few real images give, and
 what knowing nothing gives. The test set never chooses an epoch or a setting: the last epoch counts, or a validation
-set chooses, and one that shares an image with the test set is refused.
+set chooses. Training and validation sets that share an image, or a known subject, with the test set are refused.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ def utility_table(
     scores = predictions(synthetic, real_train, real_test, classifier, seeds, subset, val, select, positive)
     _, train_labels, _ = _parts(real_train)
     _, labels, subjects = _parts(real_test)
-    classes = _class_names(real_train, real_test)
+    classes = _class_names(real_train, real_test, *_named(synthetic).values())
     scores["majority"] = np.zeros((len(labels), 1, len(classes)))
     scores["majority"][:, :, np.bincount(train_labels).argmax()] = 1
     sizes = {name: len(_parts(data)[1]) for name, data in _named(synthetic).items()} | {f"{subset} real": subset}
@@ -64,9 +64,11 @@ def predictions(
     `select` (one of METRICS) on it is kept; without, the last. `positive` as in `evaluate`.
     """
     test_images, test_labels, _ = _parts(real_test)
-    num_classes = len(_class_names(real_train, real_test))
+    known = [] if val is None else [val]
+    num_classes = len(_class_names(real_train, real_test, *_named(synthetic).values(), *known))
     _check_labels(test_labels, len(test_images), num_classes, "test")
-    validate = _validation(val, select, test_images, classifier, num_classes, positive)
+    _check_apart(real_train, real_test, "training", "the classifier would be tested on what it was trained on")
+    validate = _validation(val, select, real_test, classifier, num_classes, positive)
     test = classifier.views(test_images, training=False)
 
     def prepared(data, what):
@@ -220,12 +222,27 @@ def _named(synthetic):
     return named
 
 
-def _class_names(*sets):
-    """Names of the classes of the first set that has them, or the numbers up to the largest label."""
-    for data in sets:
-        if hasattr(data, "classes"):
-            return list(data.classes)
-    return [str(k) for k in range(max(int(_parts(data)[1].max()) for data in sets) + 1)]
+def _class_names(real_train, real_test, *others):
+    """Names of the classes, the same in all sets that have them, or the numbers up to the largest real label."""
+    named = [tuple(data.classes) for data in (real_train, real_test, *others) if hasattr(data, "classes")]
+    if differ := [names for names in named if names != named[0]]:
+        first, second = (", ".join(map(str, names)) for names in (named[0], differ[0]))
+        raise ValueError(f"The classes of one set are {first}, of another {second}: give all the same, in one order.")
+    if named:
+        return list(named[0])
+    return [str(k) for k in range(max(int(_parts(data)[1].max()) for data in (real_train, real_test)) + 1)]
+
+
+def _check_apart(data, test, what, why):
+    """No image is in both sets, and no subject where both sets know whose images they are."""
+    images, tested = (as_images(_parts(part)[0]) for part in (data, test))
+    pixels = {image.numpy().tobytes() for image in tested}
+    if shared := sum(image.numpy().tobytes() in pixels for image in images):
+        raise ValueError(f"{shared} {what} images are test images too; {why}.")
+    if "image" in [getattr(part, "subject_kind", "image") for part in (data, test)]:
+        return
+    if shared := len(np.intersect1d(data.subjects, test.subjects)):
+        raise ValueError(f"{shared} subjects have images in both the {what} and the test set; {why}.")
 
 
 def _positive(positive, num_classes):
@@ -237,7 +254,7 @@ def _some(views, labels, count, seed):
     return views[rows], labels[rows]
 
 
-def _validation(val, select, test_images, classifier, num_classes, positive):
+def _validation(val, select, real_test, classifier, num_classes, positive):
     """A function from a network to its `select` on the validation set, or None without one."""
     if (val is None) != (select is None):
         raise ValueError(
@@ -249,9 +266,6 @@ def _validation(val, select, test_images, classifier, num_classes, positive):
         raise ValueError(f"`select` is one of {', '.join(METRICS)}, not {select!r}.")
     images, labels, _ = _parts(val)
     _check_labels(labels, len(images), num_classes, "validation")
-    tested = {image.numpy().tobytes() for image in as_images(test_images)}
-    shared = sum(image.numpy().tobytes() in tested for image in as_images(images))
-    if shared:
-        raise ValueError(f"{shared} validation images are test images too; the test set must not choose the epoch.")
+    _check_apart(val, real_test, "validation", "the test set must not choose the epoch")
     views, positive = classifier.views(images, training=False), _positive(positive, num_classes)
     return lambda network: measure(labels, probabilities(network, views), metric=select, positive=positive)

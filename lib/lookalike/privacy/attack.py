@@ -17,15 +17,17 @@ from scipy.stats import norm, rankdata
 from lookalike.metrics.intervals import clopper_pearson
 
 RATES = (0.01, 0.001)  # false-alarm rates at which a true-positive rate is stated
+RESAMPLES = 400
 
 
 @dataclass(frozen=True)
 class Operating:
     """What an attacker gets who raises a false alarm on at most `fpr` of the non-members.
 
-    tpr: share of members called, in [0, 1]; low, high: its 95 % interval at the threshold that was used
-    (Clopper-Pearson, so at least 95 %). resolved: there are 1 / fpr non-members or more; with fewer, the threshold
-    is their highest score, and the true false-alarm rate may lie above `fpr`.
+    tpr: share of members called, in [0, 1]; low, high: its interval from a bootstrap of both sides, over subjects where
+    they are known, the threshold drawn anew each time; never narrower than Clopper-Pearson's for the members alone.
+    resolved: there are 1 / fpr non-members or more; with fewer, the threshold is their highest score, and the true
+    false-alarm rate may lie above `fpr`.
     """
 
     fpr: float
@@ -79,8 +81,7 @@ def attack_result(name, members, non_members, member_subjects=None, non_member_s
     """`AttackResult` of the scores (N,) of members and (M,) of non-members; larger means more likely a member.
 
     `member_subjects`, `non_member_subjects`: whose image each is. Images of one subject are not independent, so the
-    interval of the AUC is then over subjects, which may be on both sides (Obuchowski 1997). `level`: of that interval;
-    operating points stay at 0.95.
+    interval of the AUC is then over subjects, which may be on both sides (Obuchowski 1997). `level`: of all intervals.
     """
     members, non_members = _scores(members, "members"), _scores(non_members, "non-members")
     parts_in, parts_out = _placements(members, non_members)
@@ -88,7 +89,7 @@ def attack_result(name, members, non_members, member_subjects=None, non_member_s
     spread = _variance(parts_in, parts_out, member_subjects, non_member_subjects)
     counts = _count(members, member_subjects), _count(non_members, non_member_subjects)
     low, high = _auc_interval(auc, spread, *counts, level)
-    operating = tuple(_operating(members, non_members, rate) for rate in RATES)
+    operating = _operating(members, non_members, member_subjects, non_member_subjects, level)
     worst = np.argsort(-members, kind="stable")
     return AttackResult(name, auc, low, high, operating, members, non_members, worst, note)
 
@@ -165,9 +166,36 @@ def _newcombe(area, n, m, z):
     return tuple(brentq(distance, inside, end) if distance(end) > 0 > distance(inside) else end for end in ends)
 
 
-def _operating(members, non_members, rate):
+def _operating(members, non_members, member_subjects, non_member_subjects, level):
+    rng, tail = np.random.default_rng(0), (1 - level) / 2
+    sides = _drawer(members, member_subjects), _drawer(non_members, non_member_subjects)
+    draws = np.array([[_called(*parts, rate) for rate in RATES] for parts in _resampled(sides, rng)])
+    points = []
+    for rate, drawn in zip(RATES, draws.T):
+        tpr = _called(members, non_members, rate)
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        exact = clopper_pearson(round(tpr * len(members)), len(members), level)
+        ends = float(min(low, exact[0])), float(max(high, exact[1]))
+        points.append(Operating(rate, tpr, *ends, len(non_members) * rate >= 1))
+    return tuple(points)
+
+
+def _called(members, non_members, rate):
+    """Share of members above the score that at most `rate` of the non-members pass."""
     allowed = int(np.floor(rate * len(non_members)))
-    threshold = np.sort(non_members)[::-1][allowed]
-    called = int((members > threshold).sum())
-    low, high = clopper_pearson(called, len(members))
-    return Operating(rate, called / len(members), low, high, len(non_members) * rate >= 1)
+    threshold = np.partition(non_members, len(non_members) - 1 - allowed)[len(non_members) - 1 - allowed]
+    return float((members > threshold).mean())
+
+
+def _resampled(sides, rng):
+    return [[draw(rng) for draw in sides] for _ in range(RESAMPLES)]
+
+
+def _drawer(scores, subjects):
+    """A function from a generator to scores drawn with replacement, whole subjects where they are given."""
+    if subjects is None:
+        return lambda rng: scores[rng.integers(0, len(scores), len(scores))]
+    order = np.argsort(np.unique(subjects, return_inverse=True)[1], kind="stable")
+    counts = np.unique(subjects, return_counts=True)[1]
+    groups = np.split(scores[order], np.cumsum(counts)[:-1])
+    return lambda rng: np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])

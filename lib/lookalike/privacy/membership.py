@@ -264,6 +264,8 @@ def authenticity(synthetic, train, holdout):
 def _rows(*sets):
     """Sets as rows (N, D) and how many of their units make 1: uint8 pixels stay whole, others are in [0, 1]."""
     sets = [as_array(part) for part in sets]
+    if {2, 4} <= {part.ndim for part in sets}:
+        raise ValueError("Some sets are images (N, C, H, W) and some rows (N, D): give all as images or all as rows.")
     if all(part.ndim == 4 and part.dtype == np.uint8 for part in sets):
         rows, unit = [part.reshape(len(part), -1) for part in sets], 255
     else:

@@ -23,13 +23,14 @@ from scipy.special import digamma, logsumexp, polygamma
 from scipy.stats import norm
 
 from lookalike.metrics.neighbours import nearest
-from lookalike.privacy.shadow_training import (
-    AT_ONCE,  # noqa: F401  its old place
-    signals,
-    train_shadows,
-)
+from lookalike.privacy.shadow_training import signals, train_shadows
 
 LEAST_EXCESS = 1e-6  # log variances that spread by less than this beyond chance count as one
+FLOOR = 1e-6  # least variance of an image's signals, as a share of that of all images together
+
+
+class _NoVariance(ValueError):
+    """Some image, or all of them, has the same signal in all shadows."""
 
 
 class Pooled(NamedTuple):
@@ -45,16 +46,20 @@ class Pooled(NamedTuple):
 class ShadowScores:
     """Every model as the target once: included (S, N), signals (S, N), and the scores (S, N) of each attack.
 
-    `loss` among the attacks is the signal itself, which needs no shadows: what the others must beat.
+    `loss` among the attacks is the signal itself, which needs no shadows: what the others must beat. notes: which
+    attacks were left out, and why.
     """
 
     included: np.ndarray = field(repr=False)
     signals: np.ndarray = field(repr=False)
     scores: dict[str, np.ndarray] = field(repr=False)
     subjects: np.ndarray | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     def pooled(self, attack):
         """`Pooled` scores of one attack; see `pool` for what such a pool can say."""
+        if attack not in self.scores:
+            raise ValueError(" ".join([f"There are no scores of {attack!r}.", *self.notes]))
         return pool(self.scores[attack], self.included, self.subjects)
 
 
@@ -65,17 +70,20 @@ def lira(target, shadows, included, online=True, fixed_variance="auto"):
     deviations the signal lies above the shadows without it, for an attacker whose shadows never saw the image.
     fixed_variance: False gives each image its own variance, True all the same, pooled within images: the paper's two,
     for many shadows and for few. "auto" lets the signals say how far between: each image's own variance shrunk to the
-    common one, as for few microarrays (Smyth 2004, and for LiRA Brännvall 2026, arXiv 2603.11799). The authors' code
+    common one, as for few microarrays (Smyth 2004, and for LiRA Brännvall 2026, arXiv 2603.11799), and none below
+    `FLOOR` of that of all images: a model that copies gives a member the same signal every time. The authors' code
     differs: medians for means, and one deviation of the raw signals of all images for True.
     """
     if fixed_variance not in (True, False, "auto"):
         raise ValueError(f'fixed_variance must be True, False or "auto", not {fixed_variance!r}.')
     target, shadows, included = _checked(target, shadows, included)
     _check_counts(included, at_least=2, inside=online)
-    mean_out, deviation_out = _normal(shadows, ~included, fixed_variance)
+    sides = [_moments(shadows, ~included)] + [_moments(shadows, included)] * online
+    floor = FLOOR * sum(squares.sum() for _, squares, _ in sides) / sum(freedom.sum() for *_, freedom in sides)
+    mean_out, deviation_out = _normal(*sides[0], fixed_variance, floor)
     if not online:
         return (target - mean_out) / deviation_out
-    mean_in, deviation_in = _normal(shadows, included, fixed_variance)
+    mean_in, deviation_in = _normal(*sides[1], fixed_variance, floor)
     return norm.logpdf(target, mean_in, deviation_in) - norm.logpdf(target, mean_out, deviation_out)
 
 
@@ -154,16 +162,23 @@ def shadow_scores(signals, included, population, block=2):
     """`ShadowScores` of the raw signal ("loss"), LiRA and RMIA, online and offline, from signals alone.
 
     RMIA's temperature is the signals' own spread over the models, so that one deviation is a factor of e. Its gamma is
-    1 online and 2 offline: members beat all of the population offline, and at 1 so do too many others.
+    1 online and 2 offline: members beat all of the population offline, and at 1 so do too many others. An attack that
+    needs a spread where the signals have none is left out, with a note.
     """
-    spread = float(np.sqrt(np.var(population, axis=0, ddof=1).mean()))
+    spread = float(np.sqrt(np.var(population, axis=0, ddof=1).mean())) if np.ptp(population, axis=0).any() else 0.0
     run = partial(leave_one_out, signals=signals, included=included, block=block)
-    scores = {"loss": np.asarray(signals, np.float64)}
+    scores, notes = {"loss": np.asarray(signals, np.float64)}, []
     for kind, online in (("", True), ("_offline", False)):
-        scores["lira" + kind] = run(partial(lira, online=online))
+        try:
+            scores["lira" + kind] = run(partial(lira, online=online))
+        except _NoVariance:
+            notes.append(f"lira{kind} was left out: no image's signal differs between the shadows that it reads.")
+        if not spread:
+            notes.append(f"rmia{kind} was left out: no population image's signal differs between models.")
+            continue
         ratio = partial(rmia, online=online, gamma=1.0 if online else 2.0, temperature=spread)
         scores["rmia" + kind] = run(ratio, population=population)
-    return ShadowScores(included, scores["loss"], scores)
+    return ShadowScores(included, scores["loss"], scores, notes=tuple(notes))
 
 
 def shadow_attack(
@@ -197,14 +212,20 @@ def pool(scores, included, subjects=None):
     return Pooled(scores[included], scores[~included], whose[included], whose[~included])
 
 
-def _normal(values, chosen, fixed_variance):
-    """Mean (N,) and deviation, (N,) or one for all, of the chosen shadows' signals."""
+def _moments(values, chosen):
+    """Mean, sum of squares about it and degrees of freedom, (N,) each, of the chosen shadows' signals."""
     count = chosen.sum(0)
     mean = np.where(chosen, values, 0).sum(0) / count
-    squares, freedom = np.where(chosen, np.square(values - mean), 0).sum(0), count - 1
+    spread = np.where(chosen, values, -np.inf).max(0) > np.where(chosen, values, np.inf).min(0)  # no rounding here
+    return mean, np.where(chosen & spread, np.square(values - mean), 0).sum(0), count - 1
+
+
+def _normal(mean, squares, freedom, fixed_variance, floor):
+    """Mean (N,) and deviation, (N,) or one for all, of the chosen shadows' signals."""
     variance = squares.sum() / freedom.sum() if fixed_variance is True else squares / freedom
+    variance = np.maximum(variance, floor) if fixed_variance == "auto" else variance
     if not np.all(variance > 0):
-        raise ValueError("An image has the same signal in all shadows: its variance is 0, and LiRA needs some.")
+        raise _NoVariance("An image has the same signal in all shadows: its variance is 0, and LiRA needs some.")
     return mean, np.sqrt(_shrunk(variance, freedom) if fixed_variance == "auto" else variance)
 
 

@@ -81,17 +81,17 @@ def score(candidates, synthetic, reference=None, seed=0):
     return found | {
         "calibrated_features": membership.calibrated(near, far),
         "domias_features": membership.domias(candidates.features, some, others),
-        "discriminator_features": _discriminator(candidates.features, some, others, seed),
+        "discriminator_features": discriminate(candidates.features, some, others, seed),
     }
 
 
-def _discriminator(candidates, synthetic, reference, seed):
-    """Logits of "released"; LOGAN trains a network here, which features make unnecessary."""
+def discriminate(candidates, first, second, seed=0):
+    """Logits (N,) of belonging to `first` rather than `second`, by a linear classifier on rows of features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    labels = np.repeat([1, 0], [len(synthetic), len(reference)])
+    labels = np.repeat([1, 0], [len(first), len(second)])
     model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=500, random_state=seed)
-    model = make_pipeline(StandardScaler(), model).fit(np.concatenate([synthetic, reference]), labels)
+    model = make_pipeline(StandardScaler(), model).fit(np.concatenate([first, second]), labels)
     return model.decision_function(candidates)
