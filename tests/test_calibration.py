@@ -78,7 +78,7 @@ def test_a_kept_calibration_is_shown_and_quoted(found, tmp_path, monkeypatch):
     }
     write_json(tmp_path / "calibration.json", {"phantom_mammography": document})
     page = pages.calibrations()
-    assert "**60% of the released images are copies**" in page
+    assert "**60 % of the released images are copies**" in page
     power = found["copy, 60%"]["gan_leaks_pixels"]["power"]
     row = next(line for line in page.splitlines() if line.startswith("| nearest released image, pixels"))
     assert row.rstrip("| ").endswith(f"{power:.2f}")

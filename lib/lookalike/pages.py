@@ -309,7 +309,10 @@ def _calibration(document: dict) -> list[str]:
         leaks = [world for world in worlds if world.endswith(f", {share}")]
         head = ["", *free, *(leak.partition(",")[0] for leak in leaks)]
         cells = [[_detector(name), *(_power(worlds[w][name]) for w in (*free, *leaks))] for name in worlds[free[0]]]
-        parts += [f"**{share} of the released images are copies**", table(head, cells)]
+        parts += [
+            f"**{share.replace('%', ' %')} of the released images are copies**",
+            f":::{{div}} narrow\n{table(head, cells)}\n:::",
+        ]
     return parts
 
 
