@@ -113,7 +113,7 @@ def test_list_shows_what_there_is(lookalike):
         (["evaluate", "--real", "no", "--synthetic", "such"], "There is no folder no with real images."),
         (
             ["evaluate", "--real", "a", "--synthetic", "b", "--threshold", "auc=1"],
-            "There is no threshold auc; there are copies, attack_auc",
+            "There is no threshold auc; there are copies, copies_share",
         ),
         (["card", "--real", "a", "--synthetic", "b", "--draw", "--restricted"], "One of the sets is restricted"),
         (["audit", "tiny"], "There is no run tiny/small; make it with: lookalike run tiny."),

@@ -1,4 +1,5 @@
 import numpy as np
+import prdc
 import pytest
 import scipy.linalg
 import torch
@@ -318,7 +319,6 @@ def test_precision_and_the_rest_equal_torch_fidelity_and_prdc(n, m, k, kind):
     assert 0 < found["recall"] < 1 > found["precision"] > 0
     for name in ("precision", "recall"):
         assert found[name] == pytest.approx(theirs[name], rel=1e-6)
-    prdc = pytest.importorskip("prdc", reason="prdc comes with the extra `bench`")
     assert found == pytest.approx(prdc.compute_prdc(real, synthetic, k), rel=1e-6)
 
 
@@ -335,7 +335,6 @@ def test_whole_numbers_tie_as_in_prdc_and_loops(levels, dim):
         "precision": inside.any(0).mean(), "recall": (squares[2] < other).any(1).mean(),
         "density": inside.sum() / 250, "coverage": inside.any(1).mean(),
     })  # fmt: skip
-    prdc = pytest.importorskip("prdc", reason="prdc comes with the extra `bench`")
     assert found == pytest.approx(prdc.compute_prdc(real, synthetic, 5))
 
 
