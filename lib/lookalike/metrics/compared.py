@@ -46,10 +46,11 @@ def set_measures(real, other, k=5):
 
 
 def measures_with_intervals(real, other, real_subjects=None, other_subjects=None, seed=0, halves=HALVES):
-    """{name: {"value", "interval", "direction"}}: `set_measures` with intervals that cover at least 95 %.
+    """{name: {"value", "interval", "direction"}}: `set_measures` with 95 % intervals.
 
     Halves are of subjects, where they are given, with all their images. The interval is about what this measure gives
-    on average at this N, not about what it would give with all the images in the world.
+    on average at this N, not about what it would give with all the images in the world. Measured cover: 94 to 100 % at
+    200 images (nearly 100 % where the sets are alike), at 100 images down to 90 % for density and 92 % for coverage.
     """
     rng, whole = np.random.default_rng(seed), set_measures(real, other)
     parts = []
