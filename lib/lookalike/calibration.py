@@ -26,6 +26,7 @@ from lookalike.provenance import provenance
 FALSE_ALARMS = 0.05
 SHARES = (0.10, 0.02)  # of the released images that are copies
 MEMBERS, RELEASED, SIDE = 200, 400, 32
+POOL, ELSEWHERE = 1200, 2000  # phantoms made; every other subject of the latter is at the second site
 NO_LEAK = "none"
 SECOND_SITE = "second site"
 TRAINED = "trained models"
@@ -208,10 +209,9 @@ def _images(data, seed):
     """The pool's images and, for phantoms, those of a second scanner."""
     from lookalike.data import datasets, phantoms
 
-    wanted = 2 * (3 * MEMBERS + RELEASED)
     if data == "phantom_mammography":
-        first = phantoms.mammography(wanted // 2 + 200, seed, image_size=SIDE)
-        second = phantoms.mammography(2 * wanted // 2, seed + 1, sites=2, image_size=SIDE)
+        first = phantoms.mammography(POOL, seed, image_size=SIDE)
+        second = phantoms.mammography(ELSEWHERE, seed + 1, sites=2, image_size=SIDE)
         return first.image_set, second.image_set.subset(second.factors["site"] == 1)
     return datasets.load(data, "train", SIDE), None
 

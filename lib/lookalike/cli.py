@@ -155,7 +155,7 @@ def evaluate(
     """
     document = _evidence(real, synthetic, holdout, subjects, image_size, restricted, threshold, seed).document
     if as_json:
-        print(json.dumps(document, indent=1))
+        print(json.dumps(document, indent=1, allow_nan=False))
         return
     from lookalike import card
 

@@ -26,7 +26,6 @@ NOTES = {
     "discriminator_features": "a linear classifier of released against other real images, in features (after LOGAN)",
 }
 DENSITY_FROM = 5000  # images of a side that a density or a classifier is fitted to; the rest would hardly move it
-NEEDS_REFERENCE = ("calibrated_features", "domias_features", "discriminator_features")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def join(*views):
 
 
 def attack(
-    members, non_members, synthetic, reference=None, member_subjects=None, non_member_subjects=None, seed=0, level=0.95
+    members, non_members, synthetic, reference, member_subjects=None, non_member_subjects=None, seed=0, level=0.95
 ):
-    """{name: `AttackResult`} for every attack of `NOTES`, from views; without `reference` less `NEEDS_REFERENCE`."""
+    """{name: `AttackResult`} for every attack of `NOTES`, from views; `level` is that of the intervals."""
     found, n = score(join(members, non_members), synthetic, reference, seed), len(members)
     subjects = member_subjects, non_member_subjects
     return {
@@ -61,25 +60,21 @@ def attack(
     }
 
 
-def score(candidates, synthetic, reference=None, seed=0):
+def score(candidates, synthetic, reference, seed=0):
     """{name: scores (N,)} of the candidates under every attack; larger means more likely a member."""
     pixels = distance_attacks(candidates.pixels, synthetic.pixels)
     features = distance_attacks(candidates.features, synthetic.features)
-    found = {
+    rng = np.random.default_rng(seed)
+    some, others = (part.features[rng.permutation(len(part))[:DENSITY_FROM]] for part in (synthetic, reference))
+    far = membership.gan_leaks_full_black_box(candidates.features, reference.features)
+    return {
         "gan_leaks_pixels": -pixels.minima,
         "pgan_pairwise_pixels": pixels.pairwise,
         "pgan_distribution_pixels": pixels.distribution,
         "aligned_similarity": near_duplicates(candidates.pixels, synthetic.pixels).similarity,
         "gan_leaks_features": -features.minima,
         "pgan_pairwise_features": features.pairwise,
-    }
-    if reference is None:
-        return found
-    rng = np.random.default_rng(seed)
-    some, others = (part.features[rng.permutation(len(part))[:DENSITY_FROM]] for part in (synthetic, reference))
-    near, far = -features.minima, membership.gan_leaks_full_black_box(candidates.features, reference.features)
-    return found | {
-        "calibrated_features": membership.calibrated(near, far),
+        "calibrated_features": membership.calibrated(-features.minima, far),
         "domias_features": membership.domias(candidates.features, some, others),
         "discriminator_features": discriminate(candidates.features, some, others, seed),
     }
