@@ -111,6 +111,12 @@ def test_utility_follows_its_seed_and_leaves_the_random_stream_alone():
     assert any(other != first for other in others)
 
 
+def test_equal_pixels_cannot_be_scaled_to_test_statistics():
+    flat, labels = np.zeros((4, 1, 28, 28), np.uint8), [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="no deviation to scale"):
+        utility(flat, labels, flat, labels, 2, epochs=1, width=8, standardise="test_statistics")
+
+
 def test_test_statistics_move_the_training_images_onto_the_test_set(monkeypatch):
     from lookalike.metrics import utility as module
 

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import pooch
@@ -111,13 +112,19 @@ def load_manifest(path: Path | str | None = None) -> Manifest:
     key.
     """
     path = Path(path) if path else project_root() / "data_manifest.yaml"
+    return _parsed(path.name, path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=4)
+def _parsed(name: str, text: str) -> Manifest:
+    """Kept by its text: every stage asks for it several times, and parsing it takes longer than a small stage."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise DataError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise DataError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path.name} must be a mapping from names to entries.")
-    return Manifest({name: _entry(name, values) for name, values in content.items()})
+        raise DataError(f"{name} must be a mapping from names to entries.")
+    return Manifest({entry: _entry(entry, values) for entry, values in content.items()})
 
 
 def fetch(name: str, manifest: Manifest | None = None) -> dict[str, Path]:

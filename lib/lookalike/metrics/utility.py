@@ -159,6 +159,8 @@ def utility(
     if standardise not in ("none", "test_statistics"):
         raise ValueError(f'standardise is "none" or "test_statistics", not "{standardise}".')
     if standardise == "test_statistics":
+        if not train.std() > 0:
+            raise ValueError("All training pixels are equal: they have no deviation to scale to the test set's.")
         train = (train - train.mean()) / train.std() * test.std() + test.mean()
     _check_labels(train_labels, len(train), num_classes, "training")
     _check_labels(test_labels, len(test), num_classes, "test")
