@@ -16,7 +16,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from lookalike.metrics import as_array, as_images, to_unit
-from lookalike.metrics.neighbours import nearest
+from lookalike.metrics.neighbours import nearest, scan
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,74 @@ def null_curves(query, samples, reducer=None, ks=(5, 10, 20, 40), repeats=200, s
     return np.array(rows)
 
 
+def query_ratios(queries, victim, ablated, reducer=None, ks=(5, 10, 20, 40), corrected=False):
+    """Ratios (Q, len(ks)) at each of several queries (Q, ...), as `density_ratio_curve` gives them one by one.
+
+    as_published, or with `corrected` the log density ratio; positive where the victim is denser. One victim and one
+    ablated model stand behind all Q numbers, so queries are not independent of each other.
+    """
+    ks = np.asarray(ks)
+    if len(ks) == 0 or ks.min() < 1:
+        raise ValueError(f"ks needs at least one k, each 1 or more, not {ks.tolist()}.")
+    queries, victim, ablated = (as_points(images, reducer) for images in (queries, victim, ablated))
+    near, far = (scan(queries, points, k=ks.max()).distances[:, ks - 1] for points in (victim, ablated))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(far) - np.log(near)
+    return queries.shape[1] * ratios + np.log(len(ablated) / len(victim)) if corrected else ratios
+
+
+def null_over_models(queries, sample_sets, reducer=None, k=20, corrected=False):
+    """`query_ratios` (P, Q) of every ordered pair of `sample_sets`: models that treat the queries alike.
+
+    Pairs in the order of itertools.permutations; each query's column is symmetric around 0. M models give M (M - 1)
+    pairs, which share models: see `verdict_against_null`.
+    """
+    if len(sample_sets) < 2:
+        raise ValueError("A null distribution needs the samples of at least two models.")
+    queries, sets = as_points(queries, reducer), [as_points(samples, reducer) for samples in sample_sets]
+    pairs = permutations(sets, 2)
+    return np.stack([query_ratios(queries, a, b, ks=(k,), corrected=corrected)[:, 0] for a, b in pairs])
+
+
+def verdict_against_null(ratio, null):
+    """How often chance does as much: p values of a ratio, or of Q ratios, against a null (P,) or (P, Q).
+
+    two_sided: from the null values at least as far from 0; signed: from those at least as large, small where the
+    victim is denser. Both are (r + 1) / (P + 1), floats for one ratio and lists for Q; n is P. Exact where the P values
+    and the ratio are exchangeable, as from disjoint pairs of models. All ordered pairs of M models share models, and
+    two_sided is then 0.05 or less too often: without any leak in 16 % of cases for M = 5, in 7 % for 10 (signed: 8 %
+    and 6 %; normal log distances). With the victim and the ablated model among the sets of the null it never is too
+    often; two_sided then needs nine models to reach 0.05, signed seven.
+    """
+    ratio, null = np.asarray(ratio, float), np.asarray(null, float)
+    if null.ndim == 0 or len(null) == 0 or null.shape[1:] != ratio.shape:
+        raise ValueError(f"A null has one row per pair and a column per ratio; {null.shape} is none for {ratio.shape}.")
+    if np.isnan(null).any() or np.isnan(ratio).any():
+        raise ValueError("A ratio is not defined: k samples of both models equal the query. Take a larger k.")
+    n = len(null)
+    two_sided, signed = ((1 + beyond.sum(0)) / (1 + n) for beyond in (abs(null) >= abs(ratio), null >= ratio))
+    return {"two_sided": two_sided.tolist(), "signed": signed.tolist(), "n": n}
+
+
+def density_difference(victim_points, ablated_points, query_point, bins=25):
+    """Share of the victim's samples less that of the ablated model's in each cell of the plane (Figs. 8 and 9).
+
+    Points (N, 2), (M, 2) and (2,). Returns the difference (bins, bins), first axis x, from -1 to 1 and summing to 0,
+    and the edges (bins + 1,) of x and of y, which reach over both sets and the query.
+    """
+    sets = [np.asarray(points, float) for points in (victim_points, ablated_points)]
+    query = np.asarray(query_point, float).reshape(-1)
+    if any(points.ndim != 2 or points.shape[1] != 2 or len(points) == 0 for points in sets) or len(query) != 2:
+        raise ValueError("A difference in the plane needs points (N, 2) of both models and a query (2,).")
+    together = np.concatenate([*sets, query[None]])
+    limits = np.stack([together.min(0), together.max(0)], 1)
+    shares, x_edges, y_edges = [], None, None
+    for points in sets:
+        counts, x_edges, y_edges = np.histogram2d(*points.T, bins=bins, range=limits)
+        shares.append(counts / len(points))
+    return shares[0] - shares[1], x_edges, y_edges
+
+
 def ecdf_distances(train, holdout, synthetic):
     """How near unseen real and synthetic images lie to the images `train`; see `NearestDistances`.
 
@@ -200,6 +268,16 @@ def _points(images, reducer):
     if images.ndim == 2:
         return images.astype(np.float64)
     return reducer.transform(images) if reducer is not None else _pixels(images).astype(np.float64)
+
+
+def as_points(images, reducer=None):
+    """Rows (N, d), float64: points as they are, images by the reducer or, without one, as [0, 1] pixels."""
+    return _points(images, reducer)
+
+
+def as_point(query, reducer=None):
+    """One query as a point (d,), from an image (C, H, W) or (1, C, H, W) or a point (d,) or (1, d)."""
+    return _point(query, reducer)
 
 
 def _pixels(images):
