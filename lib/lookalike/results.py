@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 # Parameters that name a run or share out its work, and leave what it measures alone.
-NEUTRAL = {"run_name", "seed", "workers", "device", "inception_weights"}
+NEUTRAL = {"run_name", "seed", "workers", "device", "inception_weights", "alexnet_weights", "lpips_weights"}
 
 
 def start_run(chapter: str, namespace: dict) -> "Run":

@@ -5,8 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookalike.data import load
-from lookalike.metrics import to_unit
-from lookalike.metrics.pixels import anchor_sets, anchors, pair, paired_table, psnr, ssim
+from lookalike.metrics import as_images, to_unit
+from lookalike.metrics.pixels import (
+    STANDARD_SETS,
+    anchor_sets,
+    anchors,
+    pair,
+    paired_table,
+    psnr,
+    resized,
+    ssim,
+    standard_values,
+)
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -84,8 +94,9 @@ def test_published_range_is_the_largest_synthetic_pixel():
     assert published == pytest.approx(psnr(real[i], dim[j], data_range=float(dim.max()) + 1), abs=1e-6)
     assert published < psnr(real[i], dim[j])
     black = torch.full_like(real, -1)
-    table = paired_table(real, black, "as_published", synthetic_labels=labels, resize=14)
-    assert table["psnr_as_published_14px"] == -float("inf")
+    for side in (14, 40):  # at 40 px black rounds to a little more than -1
+        table = paired_table(real, black, "as_published", synthetic_labels=labels, resize=side)
+        assert table[f"psnr_as_published_{side}px"] == -float("inf")
 
 
 def test_names_tell_pairing_and_any_other_side():
@@ -155,16 +166,80 @@ def test_anchor_sets_are_what_they_say():
     assert to_unit(anchor_sets(grey)["noisy"]).std() == pytest.approx(0.2, rel=0.05)
 
 
-def test_black_beats_real_images_on_digits_as_the_published_pairs_go():
-    """Expected: 150 random pairs of MNIST digits, measured with torchmetrics on three channels at 299 px."""
-    digits = load("digits", "train")
-    order = np.random.default_rng(0).permutation(len(digits))
-    real, other = digits.subset(order[:150]), digits.subset(order[150:300])
-    found = anchors(real, other, "as_published", real.labels, other.labels)
-    similarity = {name: table["ssim_as_published"] for name, table in found.items()}
-    decibels = {name: table["psnr_as_published"] for name, table in found.items()}
-    assert similarity["real"] == pytest.approx(0.666, abs=0.02)
-    assert similarity["black"] == pytest.approx(0.751, abs=0.02)
-    assert decibels["real"] == pytest.approx(9.57, abs=0.2)
-    assert similarity["noisy"] < similarity["mean"] < similarity["blurred"] < similarity["real"] < similarity["black"]
-    assert decibels["mean"] < decibels["real"] < decibels["blurred"]
+SHEET = {  # 150 random pairs of MNIST digits, measured with torchmetrics on three channels at 299 px
+    "other real images": (9.57, 9.57, 0.666, 0.365),
+    "dataset mean": (7.25, 12.51, 0.470, 0.333),
+    "5x5-blurred other real images": (11.14, 11.20, 0.568, 0.345),
+    "all black": (None, 10.03, 0.751, 0.422),
+    "other real images with noise": (9.73, 9.73, 0.153, 0.043),
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", "train")
+
+
+@pytest.fixture(scope="module")
+def standard(digits):
+    return {row["set"]: row for row in standard_values(digits)}
+
+
+def room(values):
+    """Two means of 150 pairs may differ by three standard errors of such a difference."""
+    return 3 * np.sqrt(2 / 150) * np.std(values)
+
+
+def test_standard_values_are_those_measured_with_torchmetrics(digits, standard):
+    order = np.random.default_rng(0).permutation(len(digits))[:300]
+    real, made = (as_images(digits.images[part]) for part in (order[:150], order[150:]))
+    sets = anchor_sets(made)
+    for name, title in STANDARD_SETS.items():
+        if name == "repeated":  # which image it is moves it more than the pairs do
+            continue
+        published, full, at_299, own = SHEET[title]
+        x, y = resized(real, 299), resized(sets[name], 299)
+        errors = (x - y).square().mean((1, 2, 3)).numpy()
+        decibels = 10 / np.log(10) * room(errors) / errors.mean()
+        assert decibels < 0.6
+        assert standard[title]["psnr_full_range"] == pytest.approx(full, abs=decibels)
+        assert standard[title]["psnr_as_published"] == (published and pytest.approx(published, abs=decibels))
+        for key, expected, both in (("ssim_as_published", at_299, (x, y)), ("ssim_own_size", own, (real, sets[name]))):
+            alike = [ssim(a[None], b[None]) for a, b in zip(*both)]
+            assert standard[title][key] == pytest.approx(expected, abs=room(alike))
+
+
+def test_black_beats_real_images_on_digits_as_the_published_pairs_go(standard):
+    similarity = {title: row["ssim_as_published"] for title, row in standard.items()}
+    decibels = {title: row["psnr_as_published"] for title, row in standard.items()}
+    real, repeated, mean, blurred, black, noisy = STANDARD_SETS.values()
+    assert similarity[noisy] < similarity[mean] < similarity[blurred] < similarity[real] < similarity[black]
+    assert similarity[real] < similarity[repeated]
+    assert decibels[mean] < decibels[real] < decibels[blurred]
+
+
+def test_anchors_are_the_table_of_each_set():
+    real, other = draw(0), draw(1)
+    found = anchors(real, other, "random", seed=2)
+    assert set(found) == set(anchor_sets(other))
+    for name, made in anchor_sets(other, seed=2).items():
+        assert found[name] == paired_table(real, made, "random", seed=2)
+
+
+def test_standard_values_are_the_published_table_of_the_same_pairs():
+    images = draw(0, 12, side=8)
+    rows = {row["set"]: row for row in standard_values(images, seed=3, pairs=5)}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    x, y = images[order[:5]], images[order[5:10]]
+    found = rows["other real images"]
+    assert found["ssim_own_size"] == pytest.approx(ssim(x, y), abs=1e-6)
+    up = [torch.nn.functional.interpolate(z, (299, 299), mode="bilinear", align_corners=False) for z in (x, y)]
+    assert found["psnr_as_published"] == pytest.approx(psnr(*up, data_range=float(up[1].max()) + 1), abs=1e-6)
+    mean = images[order[5:]].mean(0, keepdim=True).expand_as(x)  # of all that is not compared with it
+    assert rows["dataset mean"]["ssim_own_size"] == pytest.approx(ssim(x, mean), abs=1e-6)
+    repeated = images[order[5:6]].expand_as(x)
+    assert rows["one real image repeated"]["ssim_own_size"] == pytest.approx(ssim(x, repeated), abs=1e-6)
+    assert set(STANDARD_SETS) == set(anchor_sets(images))
+    for pairs in (0, 7):
+        with pytest.raises(ValueError, match="must be 1 to 6"):
+            standard_values(images, pairs=pairs)

@@ -360,7 +360,7 @@ def generator_after(monkeypatch, same_noise):
     Whatever then differs between neighbours reached the generator past the noise. Its own draws come from a stream that
     the private batches do not move, so that sets of another size can be compared.
     """
-    step, generator_step, asked = PrivateTraining.step, adversarial._generator_step, []
+    step, generator_step, asked = PrivateTraining.step, adversarial.generator_step, []
 
     def held(self, loss, *batch):
         before = {name: w.clone() for name, w in self.model.state_dict().items()}
@@ -376,7 +376,7 @@ def generator_after(monkeypatch, same_noise):
         return torch.arange(n) % net.num_classes
 
     monkeypatch.setattr(PrivateTraining, "step", held)
-    monkeypatch.setattr(adversarial, "_generator_step", own_stream)
+    monkeypatch.setattr(adversarial, "generator_step", own_stream)
     monkeypatch.setattr(adversarial, "_draw_labels", own_labels)
 
     def after(images, labels, epochs, as_published):

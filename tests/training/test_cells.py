@@ -85,36 +85,6 @@ def test_the_normaliser_tells_no_role_from_another(digits, monkeypatch, tmp_path
     assert seen[0] == seen[1] == seen[2]
 
 
-MEASURE = {"feature_size": 32, "pixel_size": 28, "classifier_epochs": 6, "classifier_width": 16, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def anchors():
-    common = {"data": "digits", "images_per_class": 3, "real_per_class": 12} | MEASURE
-    names = ("training images", "held-out real images", "one image repeated", "blank")
-    return {name: cells.measure_anchor(None, anchor=name, **common) for name in names}
-
-
-def test_anchors_order_the_measures_that_work(anchors):
-    for metric in ("frechet", "frechet_test", "kernel"):
-        real, *worthless = (anchors[n][metric] for n in ("held-out real images", "one image repeated", "blank"))
-        assert real < 0.5 * min(worthless)
-    assert anchors["held-out real images"]["accuracy"] > anchors["blank"]["accuracy"] + 0.1
-    assert anchors["training images"]["precision"] == 1.0
-    assert anchors["blank"]["psnr"] is None  # its range is 0
-    assert anchors["blank"]["features"].startswith("efficientnet_lite0-imagenet@32")
-
-
-def test_held_out_real_images_are_others(digits):
-    images, labels = cells._anchor_images("held-out real images", digits, 3, 12)
-    assert images.shape[0] == 120
-    assert labels.tolist() == np.repeat(range(10), 12).tolist()
-    reference = {image.tobytes() for image in digits.first_per_class(12).images}
-    assert not reference & {image.tobytes() for image in images}
-    with pytest.raises(ValueError, match="anchor must be one of"):
-        cells._anchor_images("noise", digits, 3, 12)
-
-
 def test_every_purpose_has_its_own_random_numbers():
     draw = lambda generator: torch.randn(4, generator=generator)  # noqa: E731
     first = draw(cells.stream(0, "training"))

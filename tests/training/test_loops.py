@@ -192,10 +192,10 @@ def test_the_private_gans_generator_never_sees_private_labels_or_sizes(tiny_imag
 
     def asked(labels, **more):
         seen = []
-        step = adversarial._generator_step
-        monkeypatch.setattr(adversarial, "_generator_step", lambda *a: (seen.append(a[3].tolist()), step(*a)))
+        step = adversarial.generator_step
+        monkeypatch.setattr(adversarial, "generator_step", lambda *a: (seen.append(a[3].tolist()), step(*a)))
         train("gan", (images, labels), 20, PRIVACY, **more)
-        monkeypatch.setattr(adversarial, "_generator_step", step)
+        monkeypatch.setattr(adversarial, "generator_step", step)
         return seen
 
     mended = asked(labels)
@@ -233,10 +233,10 @@ def test_the_authors_schedule():
     assert all(Schedule(target=0.0).says_go(winning) for _ in range(60))
 
 
-def test_a_generator_step_leaves_the_discriminator_alone(tiny_images):
+def test_agenerator_step_leaves_the_discriminator_alone(tiny_images):
     generator, discriminator = nets("gan")
     before = [p.detach().clone() for p in discriminator.parameters()]
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
-    adversarial._generator_step(generator, discriminator, optimizer, tiny_images[1], torch.Generator())
+    adversarial.generator_step(generator, discriminator, optimizer, tiny_images[1], torch.Generator())
     assert all(torch.equal(a, b) for a, b in zip(before, discriminator.parameters()))
     assert all(p.requires_grad and p.grad is None for p in discriminator.parameters())

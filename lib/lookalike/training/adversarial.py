@@ -63,7 +63,7 @@ def train_gan(
                 size = len(rows) if leaky else round(privacy.expected_batch_size)
                 wanted = made_labels(real_labels, size, public)
                 with _dropout_from(None if leaky else public, images.device):
-                    _generator_step(generator_net, discriminator, adam["generator"], wanted, public)
+                    generator_step(generator_net, discriminator, adam["generator"], wanted, public)
                 state["generator_steps"] += 1
         state["loss"].append(mean_loss(losses))
         state["epoch"] = epoch + 1
@@ -115,7 +115,7 @@ def _discriminator_step(discriminator, optimizer, batch, penalty, generator):
     return losses.detach()
 
 
-def _generator_step(generator_net, discriminator, optimizer, labels, generator):
+def generator_step(generator_net, discriminator, optimizer, labels, generator):
     if not len(labels):
         return  # a published private batch can be empty
     optimizer.zero_grad(set_to_none=True)

@@ -1,11 +1,10 @@
-"""One cell of a grid: a data set, a family, a noise level, a seed and a role; trained, sampled, measured.
+"""One cell of a grid: a data set, a family, a noise level, a seed and a role; trained, sampled, audited.
 
 Paper: Arroyo Galende et al. 2026, "No Free Lunch ...", Sec. 4.2.1. Chapter: no_free_lunch. The functions are stages of
 a run: they take a folder and plain settings, resume after a kill, and give back plain numbers.
 """
 
 import inspect
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lookalike.data import datasets
-from lookalike.metrics import distances, pixels, utility
-from lookalike.metrics.features import efficientnet_lite0, features, inception, logits
 from lookalike.models.ddpm import ConditionalDDPM, ddpm_loss, draw_diffusion
 from lookalike.models.gan import Discriminator, Generator, discriminator_loss
 from lookalike.models.vae import ConditionalVAE, vae_loss
@@ -31,21 +28,33 @@ ROLES = ("full", "ablated", "victim")
 SAMPLING_BATCH = 250
 
 
-def select_role(image_set, role, images_per_class, query_class):
-    """The paper's three training sets: the FIRST images of each class; no query class; that plus one query image,
-    last.
+def select_role(image_set, role, images_per_class, query_class, draw=0, seed=0):
+    """The paper's three training sets: the FIRST images of each class; no query class; that plus one query image, last.
+
+    `draw` d takes the d-th images_per_class images of each class instead of the first: other data of the same kind.
+    "coin" is for audits: of twice as many images, each is in by a coin of its own (see `coins`).
     """
     if not 0 <= query_class < len(image_set.classes):
         raise ValueError(f"query_class must be 0 to {len(image_set.classes) - 1}, not {query_class}.")
+    if role not in (*ROLES, "coin"):
+        raise ValueError(f"role must be one of {', '.join(ROLES)} or coin, not {role!r}.")
+    if role == "coin":
+        candidates, included = coins(image_set, images_per_class, seed)
+        return candidates.subset(included)
+    classes = range(len(image_set.classes))
+    rows = {c: first_of(image_set, c, (draw + 1) * images_per_class)[-images_per_class:] for c in classes}
     if role == "full":
-        return image_set.first_per_class(images_per_class)
-    others = [c for c in range(len(image_set.classes)) if c != query_class]
-    ablated = np.concatenate([first_of(image_set, c, images_per_class) for c in others])
-    if role == "ablated":
-        return image_set.subset(ablated)
-    if role == "victim":
-        return image_set.subset(np.append(ablated, first_of(image_set, query_class, 1)))
-    raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}.")
+        return image_set.subset(np.concatenate(list(rows.values())))
+    query = rows.pop(query_class)[:1]
+    others = np.concatenate(list(rows.values()))
+    return image_set.subset(others if role == "ablated" else np.append(others, query))
+
+
+def coins(image_set, images_per_class, seed):
+    """The first 2 x images_per_class images of each class as candidates, and a fair coin for each: bool (N,)."""
+    candidates = image_set.first_per_class(2 * images_per_class)
+    fair = torch.rand(len(candidates), generator=stream(seed, "coins")) < 0.5
+    return candidates, fair.numpy()
 
 
 def first_of(image_set, label, k):
@@ -68,22 +77,22 @@ def build(family, num_classes, width, channels=1, **ddpm):
     raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}.")
 
 
-def specify_privacy(sigma, num_images, batch_size, max_grad_norm=1.0):
+def specify_privacy(sigma, num_images, batch_size, max_grad_norm=1.0, most=None):
     """The paper's DP-SGD for a training set whose PUBLIC size is `num_images`; None for sigma 0.
 
     q = 1 / ceil(N / batch_size); delta = 1 / (N + 1), just below 1 / N (differs: the authors' VAE took 1 / batches,
-    0.5).
+    0.5). Where coins decide who is in, `most` is how many there can be, and delta follows that.
     """
     if sigma == 0:
         return None
     rate = 1 / -(-num_images // batch_size)
-    return Privacy(sigma, rate, rate * num_images, 1 / (num_images + 1), max_grad_norm)
+    return Privacy(sigma, rate, rate * num_images, 1 / ((most or num_images) + 1), max_grad_norm)
 
 
 def train_cell(
     folder, *, data, family, sigma, seed, role, width, epochs, images_per_class, query_class, samples_per_class,
     batch_size=64, lr=1e-4, timesteps=400, sampler="ancestral", sampling_steps=20, generator_every=10,
-    gan_as_published=False,
+    gan_as_published=False, draw=0,
 ):  # fmt: skip
     """Trains one model on one role's images and draws `samples_per_class` images of every class from it.
 
@@ -93,15 +102,16 @@ def train_cell(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     whole = datasets.load(data, "train")
-    images = select_role(whole, role, images_per_class, query_class)
+    images = select_role(whole, role, images_per_class, query_class, draw, seed)
     num_classes, channels = len(whole.classes), images.images.shape[1]
+    public_size = images_per_class * num_classes
     ddpm = {"timesteps": timesteps, "sampler": sampler, "sampling_steps": sampling_steps} if family == "ddpm" else {}
     nets = {name: net.to(device) for name, net in build(family, num_classes, width, channels, **ddpm).items()}
     settings = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "checkpoint": Checkpoint(folder / "checkpoint"),
         "generator": stream(seed, "training"),
         # One public size for all roles: had each role its own, the normaliser would tell victim from ablated.
-        "privacy": specify_privacy(sigma, images_per_class * num_classes, batch_size),
+        "privacy": specify_privacy(sigma, public_size, batch_size, most=2 * public_size if role == "coin" else None),
     }  # fmt: skip
     x, y = datasets.as_tensor(images).to(device), torch.as_tensor(images.labels).to(device)
     if family == "gan":
@@ -151,7 +161,7 @@ def audit_cell(trained, *, steps, canaries, audit_seed=0, **settings):
     privacy = specify_privacy(known["sigma"], per_class * classes, known["batch_size"])
     if privacy is None:
         raise ValueError("This cell was trained without noise: its epsilon is infinite, and there is nothing to audit.")
-    images = select_role(whole, known["role"], per_class, known["query_class"])
+    images = select_role(whole, known["role"], per_class, known["query_class"], known["draw"], known["seed"])
     data = datasets.as_tensor(images), torch.as_tensor(images.labels)
     torch.manual_seed(stream(audit_seed, "audited losses").initial_seed())
     model, step_loss = _resumed(Path(trained) / "checkpoint", known, classes, images.images.shape[1])
@@ -164,6 +174,11 @@ def audit_cell(trained, *, steps, canaries, audit_seed=0, **settings):
         total = known["epochs"] * round(1 / privacy.sample_rate)
         rows.append(_audit_released(what, trained, whole, per_class, privacy, total))
     return rows
+
+
+def bracket_cell(folder, *, trained, **settings):
+    """`audit_cell` as a stage of a run: {"rows": [...]}."""
+    return {"rows": audit_cell(trained, **settings)}
 
 
 def _resumed(checkpoint, known, classes, channels):
@@ -196,85 +211,6 @@ def _audit_released(what, trained, whole, per_class, privacy, steps):
     return audit.bracket(what, privacy, steps, name, lower, verdict=False).row()
 
 
-def measure_cell(folder, *, trained, data, real_per_class, **settings):
-    """Fidelity and utility of a trained cell's samples; `trained` is its folder. See `measure` for the settings."""
-    real = datasets.load(data, "train").first_per_class(real_per_class)
-    test = datasets.load(data, "test").first_per_class(real_per_class)
-    return measure(*load_samples(trained), real, test, **settings)
-
-
-def measure_anchor(folder, *, anchor, data, images_per_class, real_per_class, **settings):
-    """The same measures on images that no model made: what a number means is what real and worthless images score.
-
-    anchor: "training images" (the few the models saw, repeated to the others' number), "held-out real images" (other
-    real images of the same size of set), "one image repeated" (total collapse), "blank".
-    """
-    train, test = datasets.load(data, "train"), datasets.load(data, "test").first_per_class(real_per_class)
-    real = train.first_per_class(real_per_class)
-    images, labels = _anchor_images(anchor, train, images_per_class, real_per_class)
-    return measure(images, labels, real, test, **settings)
-
-
-def measure(
-    images, labels, real, test, *, feature_size, pixel_size, classifier_epochs, classifier_width, seed,
-    standardise="none", inception_weights="", cache=None,
-):  # fmt: skip
-    """Made images uint8 (N, C, S, S), sorted by class, against `real` (the paper's reference: from train) and `test`.
-
-    Returns frechet and frechet_test (EfficientNet-Lite0 features: not FID, lower is better), kernel (x 1000, lower is
-    better), precision and recall (0..1), psnr and ssim as published (random pairs), accuracy with its 95 % interval.
-    `inception_weights`, a path to FID's own, adds fid (lower is better) and is (Inception Score, higher is better).
-    """
-    extractor = efficientnet_lite0(image_size=feature_size)
-    found = _feature_measures(images, real, test, extractor, cache)
-    found |= _inception_measures(images, real, inception_weights, cache) if inception_weights else {}
-    pairs = pixels.paired_table(real, images, "as_published", real.labels, labels, resize=pixel_size, seed=seed)
-    found |= {name.split("_")[0]: value for name, value in pairs.items()}
-    score = utility.utility(
-        images, labels, test.images, test.labels, len(test.classes),
-        epochs=classifier_epochs, seed=seed, standardise=standardise, width=classifier_width,
-    )  # fmt: skip
-    found |= {"accuracy": score["accuracy"], "accuracy_low": score["low"], "accuracy_high": score["high"]}
-    return {name: x if math.isfinite(x) else None for name, x in found.items()} | {"features": extractor.name}
-
-
-def _feature_measures(images, real, test, extractor, cache):
-    made, reference, held_out = (features(x, extractor, cache) for x in (images, real.images, test.images))
-    neighbours = distances.precision_recall_density_coverage(reference, made)
-    return {
-        "frechet": distances.frechet_distance(reference, made),
-        "frechet_test": distances.frechet_distance(held_out, made),
-        "kernel": 1000 * distances.kernel_distance(reference, made).value,
-        "precision": neighbours["precision"],
-        "recall": neighbours["recall"],
-    }
-
-
-def _inception_measures(images, real, path, cache):
-    network = inception(path)
-    made, reference = (features(x, network, cache) for x in (images, real.images))
-    score = distances.class_score(logits(made, network))
-    return {"fid": distances.frechet_distance(reference, made), "is": score.value}
-
-
-def _anchor_images(anchor, train, images_per_class, real_per_class):
-    few = train.first_per_class(images_per_class)
-    classes = range(len(train.classes))
-    pick = {
-        "training images": lambda c: np.resize(first_of(few, c, images_per_class), real_per_class),
-        "held-out real images": lambda c: first_of(train, c, 2 * real_per_class)[real_per_class:],
-        "one image repeated": lambda c: np.full(real_per_class, 0),
-        "blank": lambda c: np.full(real_per_class, 0),
-    }  # fmt: skip
-    if anchor not in pick:
-        raise ValueError(f"anchor must be one of {', '.join(pick)}, not {anchor!r}.")
-    source = few if anchor == "training images" else train
-    rows = [pick[anchor](c) for c in classes]
-    images = source.images[np.concatenate(rows)]
-    labels = np.repeat(np.arange(len(classes)), [len(r) for r in rows])
-    return (np.zeros_like(images), labels) if anchor == "blank" else (images, labels)
-
-
 def restore(trained, family, num_classes, width, channels=1, **ddpm):
     """The trained generator of a cell, on the CPU, ready to sample; `ddpm` as in `build`: no weights file holds it."""
     model = build(family, num_classes, width, channels, **ddpm)["model"]
@@ -282,13 +218,14 @@ def restore(trained, family, num_classes, width, channels=1, **ddpm):
     return model.eval()
 
 
-def grid(families, widths, epochs, sigmas, seeds):
-    """Every cell's settings by name, "vae/sigma0.1/seed0/full"; `widths` and `epochs` hold one number per family."""
+def grid(families, widths, epochs, batch_sizes, sigmas, seeds):
+    """Every cell's settings by name, "vae/sigma0.1/seed0/full"; widths, epochs, batch_sizes: one number per family."""
     return {
         f"{family}/sigma{sigma}/seed{seed}/{role}": {
-            "family": family, "sigma": sigma, "seed": seed, "role": role, "width": width, "epochs": steps,
+            "family": family, "sigma": sigma, "seed": seed, "role": role, "width": width, "epochs": passes,
+            "batch_size": batch_size,
         }
-        for family, width, steps in zip(families, widths, epochs, strict=True)
+        for family, width, passes, batch_size in zip(families, widths, epochs, batch_sizes, strict=True)
         for sigma in sigmas
         for seed in seeds
         for role in ROLES
