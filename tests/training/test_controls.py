@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from lookalike.models.gan import discriminator_loss, gradient_penalty
+from lookalike.models.vae import vae_loss
+from lookalike.privacy.clipping import clipped_sum
 from lookalike.privacy.randomness import stream
 from lookalike.training import cells, controls
 from lookalike.training.adversarial import train_gan
@@ -88,7 +91,7 @@ def test_noise_alone_moves_weights_by_its_size(data):
     """One step of SGD on a loss without a gradient: what is left is the noise, sigma / batch size times the rate."""
     model = torch.nn.Linear(40, 50, bias=False)
     before = weights(model).clone()
-    recipe = Recipe(noise=0.4, optimizer="sgd")
+    recipe = Recipe(noise=0.4, optimizer="sgd", walk=0.4)
     optimizer = controls._optimizer(model, recipe, 0.01, 6, "vae")
     silent = lambda net, images: (net(images) * 0).sum(1)  # noqa: E731
     controls._step(model, optimizer, recipe, 6, stream(0, "n"), silent, (torch.zeros(6, 40),))
@@ -100,13 +103,38 @@ def test_adam_and_sgd_walk_equally_far_under_pure_noise():
     model = torch.nn.Linear(40, 50, bias=False)
     far = {}
     for name in ("adam", "sgd"):
-        net, recipe = copy.deepcopy(model), Recipe(noise=0.4, optimizer=name)
+        net, recipe = copy.deepcopy(model), Recipe(noise=0.4, optimizer=name, walk=0.4)
         optimizer = controls._optimizer(net, recipe, 0.01, 6, "vae")
         silent = lambda net, images: (net(images) * 0).sum(1)  # noqa: E731
         for _ in range(200):
             controls._step(net, optimizer, recipe, 6, stream(_, "n"), silent, (torch.zeros(6, 40),))
         far[name] = float((weights(net) - weights(model)).std())
     assert far["adam"] == pytest.approx(far["sgd"], rel=0.3)
+
+
+def test_decay_scales_the_optimisers_own_rate(data, monkeypatch):
+    rates, step = [], controls._step
+    monkeypatch.setattr(
+        controls, "_step", lambda m, o, *rest: rates.append(o.param_groups[0]["lr"]) or step(m, o, *rest)
+    )
+    trained("ddpm", Recipe("batch", decay=True, optimizer="sgd", walk=0.5), data, epochs=2, lr=1e-3)
+    assert rates == pytest.approx([0.012, 0.012, 0.006, 0.006])  # lr x batch size / walk, then half of it
+
+
+def test_the_private_recipe_steps_on_the_mean_that_dp_sgd_takes(data):
+    """Without the noise: the summed clipped gradient over the expected batch size, as the private engine divides it."""
+    nets = nets_of("vae")
+    model, loss = nets["model"].eval(), lambda net, x, y: vae_loss(net, x, y)
+    recipe = replace(published("vae", 0.4), noise=0.0)
+    taken = {}
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer.register_step_pre_hook(lambda *_: taken.update({p: p.grad.clone() for p in model.parameters()}))
+    torch.manual_seed(3)
+    expected, _, _ = clipped_sum(model, loss, data, 1.0)
+    torch.manual_seed(3)
+    controls._step(model, optimizer, recipe, 6, stream(0, "n"), loss, data)
+    for p, total in expected.items():
+        torch.testing.assert_close(taken[p], total / 6)
 
 
 def test_poisson_batches_vary_and_may_be_empty():

@@ -68,7 +68,7 @@ def test_coins_are_fair_fixed_by_the_seed_and_decide_who_is_in():
     assert len(cells.select_role(digits, "coin", 50, 0, seed=3)) == included.sum()
 
 
-def test_a_coin_trial_accounts_at_a_delta_below_one_over_everyone_who_could_be_in(tmp_path):
+def test_both_bounds_of_a_coin_trial_stand_at_one_delta_below_one_over_everyone_who_could_be_in(tmp_path):
     found = trials.coin_trial(
         tmp_path, data="digits", family="vae", sigma=1.0, images_per_class=2, query_class=0, **TRAIN
     )

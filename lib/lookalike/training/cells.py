@@ -105,6 +105,7 @@ def train_cell(
     images = select_role(whole, role, images_per_class, query_class, draw, seed)
     num_classes, channels = len(whole.classes), images.images.shape[1]
     public_size = images_per_class * num_classes
+    batch_size = min(batch_size, public_size)
     ddpm = {"timesteps": timesteps, "sampler": sampler, "sampling_steps": sampling_steps} if family == "ddpm" else {}
     nets = {name: net.to(device) for name, net in build(family, num_classes, width, channels, **ddpm).items()}
     settings = {

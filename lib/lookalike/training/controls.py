@@ -37,7 +37,7 @@ class Recipe:
     standard deviation of what is added to the summed gradient, which is then divided by the batch size. poisson: each
     image enters each batch by itself, else batches are shuffled. penalty and schedule ("ln2", "zero": the target of the
     authors' rule; a number: one generator step after so many) are the GAN's. decay: the learning rate falls to 0.
-    optimizer: "adam" or "sgd".
+    optimizer: "adam" or "sgd"; SGD's rate is such that noise of the size `walk` moves a weight as far as Adam's step.
     """
 
     clip: str = "none"
@@ -47,14 +47,15 @@ class Recipe:
     schedule: str | int = "ln2"
     decay: bool = False
     optimizer: str = "adam"
+    walk: float = 1.0
 
     def __post_init__(self):
         if self.clip not in CLIPPED or self.optimizer not in ("adam", "sgd"):
             raise ValueError(f"clip is one of {', '.join(CLIPPED)} and optimizer adam or sgd.")
         if not (self.schedule in TARGETS or (isinstance(self.schedule, int) and self.schedule >= 1)):
             raise ValueError("schedule is ln2, zero, or a number of discriminator steps per generator step.")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must be 0 or more, not {self.noise}.")
+        if not (0 <= self.noise < math.inf and 0 < self.walk < math.inf):
+            raise ValueError(f"noise must be 0 or more and walk positive, not {self.noise} and {self.walk}.")
 
 
 def published(family, sigma):
@@ -83,21 +84,22 @@ def gan_factorial(sigma):
 def train_controlled(family, nets, images, labels, recipe, *, epochs, lr=1e-4, batch_size=64, generator=None):
     """Trains `nets` (as `cells.build` gives them) on images (N, C, S, S) in [-1, 1] and labels (N,); not private.
 
-    An epoch is ceil(N / batch_size) steps. SGD's rate is the one at which pure noise moves a weight as far as Adam's
-    step would, lr x batch size / noise; without noise as if the noise were 1. Returns {"loss": mean per epoch,
-    "generator_steps"}.
+    An epoch is ceil(N / batch_size) steps. `lr` is Adam's; SGD's is lr x batch size / walk. The GAN's generator always
+    has Adam. Returns {"loss": mean per epoch, "generator_steps"}.
     """
     generator = generator or torch.Generator().manual_seed(0)
     watched = nets["discriminator"] if family == "gan" else nets["model"]
     size = len(images) / -(-len(images) // batch_size)
-    step = partial(_step, watched, _optimizer(watched, recipe, lr, size, family), recipe, size, generator)
+    optimizer = _optimizer(watched, recipe, lr, size, family)
+    rate = optimizer.param_groups[0]["lr"]
+    step = partial(_step, watched, optimizer, recipe, size, generator)
     adversary = _Adversary(nets, recipe, lr, generator) if family == "gan" else None
     history = {"loss": [], "generator_steps": 0}
     for net in nets.values():
         net.train()
     for epoch in range(epochs):
         if recipe.decay:
-            step.args[1].param_groups[0]["lr"] = lr * (1 - epoch / epochs)
+            optimizer.param_groups[0]["lr"] = rate * (1 - epoch / epochs)
         seen = []
         for rows in _batches(len(images), batch_size, recipe.poisson, generator):
             x, y = images[rows], labels[rows]
@@ -146,8 +148,9 @@ def _step(model, optimizer, recipe, size, generator, loss, batch):
         if recipe.clip == "batch":
             torch.nn.utils.clip_grad_norm_(weights, NORM)
     for p in weights:
-        noise = recipe.noise * NORM / size * torch.randn(p.shape, generator=generator) if recipe.noise else 0.0
-        p.grad = noise + (torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if recipe.noise:
+            p.grad += recipe.noise * NORM / size * torch.randn(p.shape, generator=generator).to(p.device)
     optimizer.step()
     return losses
 
@@ -179,7 +182,7 @@ def _penalised_records(model, loss, batch, generator):
     The penalty is a gradient itself, which book-keeping cannot follow: a gradient of a gradient, mapped over records.
     """
     weights = dict(model.named_parameters())
-    share = torch.rand(len(batch[0]), 1, 1, 1, generator=generator)
+    share = torch.rand(len(batch[0]), 1, 1, 1, generator=generator).to(batch[0].device)
 
     def of_record(weights, share, *record):
         call = lambda *args: functional_call(model, weights, args)  # noqa: E731
@@ -232,5 +235,5 @@ def _batches(n, batch_size, poisson, generator):
 
 def _optimizer(model, recipe, lr, size, family):
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr * size / ((recipe.noise or 1.0) * NORM))
+        return torch.optim.SGD(model.parameters(), lr * size / (recipe.walk * NORM))
     return torch.optim.Adam(model.parameters(), lr, BETAS if family == "gan" else (0.9, 0.999), fused=True)

@@ -12,6 +12,7 @@ from lookalike.metrics import as_images, distances, to_unit, utility
 from lookalike.metrics.extractors import efficientnet_lite0
 from lookalike.metrics.features import features
 from lookalike.privacy import audit
+from lookalike.privacy.accounting import Training, account
 from lookalike.privacy.attack import auc
 from lookalike.privacy.randomness import stream
 from lookalike.training import cells
@@ -41,16 +42,17 @@ def control_trial(
 
     Beside it generator_steps and weights, how many numbers of the network that sees the images could be noised.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     few = datasets.load(data, "train").first_per_class(images_per_class)
     classes = len(few.classes)
     ddpm = {"timesteps": timesteps, "sampler": sampler, "sampling_steps": sampling_steps} if family == "ddpm" else {}
-    nets = cells.build(family, classes, width, few.images.shape[1], **ddpm)
+    nets = {k: net.to(device) for k, net in cells.build(family, classes, width, few.images.shape[1], **ddpm).items()}
     history = train_controlled(
-        family, nets, datasets.as_tensor(few), torch.as_tensor(few.labels), Recipe(**recipe), epochs=epochs, lr=lr,
-        batch_size=batch_size, generator=stream(seed, "training"),
+        family, nets, datasets.as_tensor(few).to(device), torch.as_tensor(few.labels).to(device), Recipe(**recipe),
+        epochs=epochs, lr=lr, batch_size=batch_size, generator=stream(seed, "training"),
     )  # fmt: skip
-    made = cells.draw_samples(nets["model"], classes, samples_per_class, seed)
+    made = cells.draw_samples(nets["model"], classes, samples_per_class, seed, device)
     found = summary(
         made["images"].numpy(), made["labels"].numpy(), real_per_class, feature_size, classifier_epochs,
         classifier_width, cache, data=data, images_per_class=images_per_class,
@@ -64,7 +66,7 @@ def anchor_trial(
     folder, *, anchor, data, images_per_class, samples_per_class, real_per_class, feature_size, classifier_epochs,
     classifier_width, cache, draw=0,
 ):  # fmt: skip
-    """The `summary` of a set that no model made, `samples_per_class` images of each class.
+    """The `summary` of a set that no model made: `samples_per_class` images a class, or every training image if more.
 
     anchor: one of `measuring.ANCHORS`; "training images" are those that the trainings with the same `images_per_class`
     and `draw` see, and what a classifier makes of them is what the generators must beat.
@@ -74,8 +76,10 @@ def anchor_trial(
     if anchor == "training images":
         seen = cells.select_role(train, "full", images_per_class, 0, draw)
         images, labels = seen.images, seen.labels
-    else:  # as many as the reference has: held-out images then follow it
-        images, labels = anchor_images(anchor, train, images_per_class, max(samples_per_class, real_per_class))
+        samples_per_class = max(samples_per_class, images_per_class)
+    else:  # held-out images follow the reference and whom the attack asks for
+        count = max(samples_per_class, real_per_class, 2 * images_per_class)
+        images, labels = anchor_images(anchor, train, images_per_class, count)
     rows = [np.resize(np.flatnonzero(labels == c), samples_per_class) for c in range(len(train.classes))]
     made = (part[np.concatenate(rows)] for part in (images, labels))
     return summary(*made, real_per_class, feature_size, classifier_epochs, classifier_width, cache, **few)
@@ -86,16 +90,19 @@ def coin_trial(folder, *, data, images_per_class, seed, **training):
 
     The attacker sees the released samples alone and scores each of the 2 x images_per_class candidates of each class by
     minus its distance to the nearest of them. The coins are fair and tossed before, as the theorem behind the bound
-    (Steinke et al. 2023) asks. Returns accounted (at `delta`, None without noise), lower (95 % confidence), members,
-    candidates and auc (of the same scores, 0.5: chance).
+    (Steinke et al. 2023) asks. Returns accounted (None without noise) and lower (95 % confidence, of this row alone) at
+    one `delta`, members, candidates and auc (of the same scores, 0.5: chance).
     """
     settings = {"data": data, "images_per_class": images_per_class, "seed": seed}
     report = cells.train_cell(folder, role="coin", **settings, **training)
     candidates, included = cells.coins(datasets.load(data, "train"), images_per_class, seed)
     scores = audit.closeness(candidates.images, cells.load_samples(folder)[0])
-    lower = audit.one_run_bound(scores, included, audit.DELTA)
+    lower, spent = audit.one_run_bound(scores, included, audit.DELTA), report["privacy"]
+    if spent is not None:
+        spent = Training(spent["noise_multiplier"], spent["sample_rate"], report["steps"])
     return {
-        "accounted": report["epsilon"], "delta": report["delta"], "lower": lower.epsilon,
+        "accounted": None if spent is None else account(spent, audit.DELTA).epsilon, "delta": audit.DELTA,
+        "lower": lower.epsilon,
         "members": int(included.sum()), "candidates": len(included), "auc": auc(scores[included], scores[~included]),
     }  # fmt: skip
 
