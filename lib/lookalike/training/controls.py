@@ -144,7 +144,8 @@ def _step(model, optimizer, recipe, size, generator, loss, batch):
         else:
             gradients, losses = _whole_batch(model, loss, batch, recipe, generator)
         for p in weights:
-            p.grad = gradients[p] / (size if recipe.poisson else len(batch[0]))
+            p.grad = torch.empty_like(p).copy_(gradients[p])  # laid out as the weight: fused Adam reads others wrongly
+            p.grad /= size if recipe.poisson else len(batch[0])
         if recipe.clip == "batch":
             torch.nn.utils.clip_grad_norm_(weights, NORM)
     for p in weights:
