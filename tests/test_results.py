@@ -14,9 +14,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import toy_stages
 from lookalike import paths, provenance, results, runner
-from lookalike.compare import Comparison, missing_needs
+from lookalike.compare import Comparison, describe_run, missing_needs
+from lookalike.files import read_json, write_json
 from lookalike.keep import strip
+from lookalike.recheck import recheck
 from lookalike.results import (
     ResultsError,
     comparison,
@@ -607,9 +610,53 @@ def test_run_with_stages_of_other_code_is_kept_only_if_allowed(book):
     run._stages["a"] = {"fingerprint": "0", "seconds": 1.0, "libraries": ["0" * 12]}
     run.save()
     write_notebook(run)
-    with pytest.raises(ResultsError, match="made by other library code; run it anew without --resume"):
+    with pytest.raises(ResultsError, match="1 of its stages were made by other library code"):
         keep("toy", "full")
     keep("toy", "full", allow_dirty=True)
+
+
+def resumed_run(calls):
+    """A finished run whose stages `calls` (name -> function) were made by older code than the run's own."""
+    run = start_run("toy", FULL)
+    for name, function in calls.items():
+        run.stage(name, function)
+        result = read_json(run.stage_folder(name) / "result.json")
+        write_json(run.stage_folder(name) / "result.json", result | {"libraries": ["0" * 12]})
+        run._stages[name]["libraries"] = ["0" * 12]
+    run.save()
+    write_notebook(run)
+    return run
+
+
+def test_a_run_of_older_stages_is_kept_once_a_sample_of_them_came_out_the_same(book):
+    run = resumed_run({f"draw{i}": toy_stages.draw for i in range(4)})
+    (row,) = recheck("toy", "full", sample=2, workers=1)
+    assert (row["stages"], row["again"], row["differ"]) == (4, ["draw0", "draw3"], [])
+    keep("toy", "full")
+    assert "4 of 4 stages made by other library code (2 of them made again: the same)" in describe_run(
+        load_run(run.folder / "run.json")
+    )
+
+
+def test_a_stage_that_comes_out_otherwise_keeps_its_run_out(book):
+    """Planted: an older code that would have drawn other numbers, and one that would have saved other weights."""
+    run = resumed_run({"draw": toy_stages.draw, "weights": toy_stages.save_net})
+    result = read_json(run.stage_folder("draw") / "result.json")
+    write_json(run.stage_folder("draw") / "result.json", result | {"result": result["result"] | {"values": [0.0]}})
+    weights = run.stage_folder("weights") / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    differ = {row["function"]: row["differ"] for row in recheck("toy", "full", workers=1)}
+    assert differ == {"toy_stages.draw": ["draw"], "toy_stages.save_net": ["weights"]}
+    with pytest.raises(ResultsError, match="2 of its stages were made by other library code"):
+        keep("toy", "full")
+
+
+def test_a_recheck_needs_a_run_and_a_sample(book):
+    with pytest.raises(ResultsError, match="There is no run toy/medium to recheck"):
+        recheck("toy")
+    resumed_run({"draw": toy_stages.draw})
+    with pytest.raises(ResultsError, match="at least 1 stage"):
+        recheck("toy", "full", sample=0)
 
 
 def test_no_run_no_notebook_not_finished(book):

@@ -91,6 +91,27 @@ def keep(
 
 
 @app.command()
+def recheck(
+    chapter: ChapterName,
+    run_name: Annotated[str, typer.Option("--run", help="The run under runs/CHAPTER/.")] = "medium",
+    sample: Annotated[int, typer.Option(help="Stages to make again of every function and code.")] = 3,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+    as_json: AsJson = False,
+):
+    """Make some stages of a resumed run again that other library code made; exit code 1 if one differs.
+
+    Example: lookalike recheck no_free_lunch --run medium --sample 3
+    """
+    from lookalike.recheck import recheck as recheck_run
+
+    rows = recheck_run(chapter, run_name, sample, workers)
+    _show(rows, as_json)
+    if any(row["differ"] for row in rows):
+        print("A stage came out otherwise: run it anew without --resume.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def audit(
     chapter: Annotated[str, typer.Argument(metavar="[CHAPTER]", help="A name from `lookalike list`.")] = "",
     run_name: Annotated[str, typer.Option("--run", help="The run under runs/CHAPTER/ with the checkpoint.")] = "small",

@@ -306,4 +306,8 @@ def describe_run(run: dict) -> str:
     if run["changed"]:
         text += f", other than its scale: {json.dumps(run['changed'])}"
     others = [name for name, stage in run["stages"].items() if stage["libraries"] != [origin["library"]]]
-    return text + (f", {len(others)} of {len(run['stages'])} stages made by other library code" if others else "")
+    if not others:
+        return text
+    again = [name for kind in run.get("rechecked", {}).get("kinds", []) if not kind["differ"] for name in kind["again"]]
+    text += f", {len(others)} of {len(run['stages'])} stages made by other library code"
+    return text + (f" ({len(again)} of them made again: the same)" if again else "")

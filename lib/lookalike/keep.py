@@ -10,6 +10,7 @@ from pathlib import Path
 from lookalike import paths
 from lookalike.compare import load_run
 from lookalike.files import ResultsError, write_atomically, write_json
+from lookalike.recheck import unchecked
 
 
 def keep(chapter: str, run_name: str = "medium", allow_dirty: bool = False) -> list[Path]:
@@ -45,8 +46,11 @@ def _why_not(run: dict, notebook, allow_dirty: bool) -> str | None:
         return f"its {names} is not the {run['scale']} scale's; put the value into book/params and run again"
     if run["provenance"]["dirty"] is not False and not allow_dirty:
         return "its code is not a commit; commit and run again"
-    if len(run["provenance"]["libraries"]) > 1 and not allow_dirty:
-        return "some of its stages were made by other library code; run it anew without --resume"
+    if unchecked(run) and not allow_dirty:
+        return (
+            f"{unchecked(run)} of its stages were made by other library code; "
+            "make some of each kind again with: lookalike recheck, or run it anew without --resume"
+        )
     if any(output.output_type == "error" for output in outputs):
         return "a cell of its notebook stopped with an error"
     if not any(run["id"] in output.get("text", "") for output in outputs):
