@@ -362,6 +362,20 @@ def test_window_attention_and_channels_last_come_out_right():
         assert (moved - total / 7).norm() < 1e-3 * (total / 7).norm()
 
 
+def test_a_channels_last_model_takes_the_step_of_a_contiguous_one():
+    """Fused Adam reads a gradient that is not laid out as its weight in the wrong order."""
+    images, steps = torch.randn(7, 3, 8, 8), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).to(memory_format=layout)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=True)
+        private = PrivateTraining(model, optimizer, PRIVACY, images, generator=torch.Generator().manual_seed(1))
+        for rows in private.batches(2):
+            private.step(squared, images[rows])
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*steps, atol=1e-5)
+
+
 def test_tied_weights_are_refused_by_the_self_test_and_right_under_vmap():
     """Two layers share one weight: the norm of their sum is not the sum of their norms."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

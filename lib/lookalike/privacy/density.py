@@ -97,8 +97,8 @@ def density_ratio_epsilon(query, victim, ablated, reducer=None, k=20):
 
 def density_ratio_curve(query, victim, ablated, reducer=None, ks=(5, 10, 20, 40)):
     """A DensityRatio for each k: the paper says that k does not matter."""
-    point = _point(query, reducer)
-    distances = [_distances(point, _points(samples, reducer)) for samples in (victim, ablated)]
+    point = as_point(query, reducer)
+    distances = [_distances(point, as_points(samples, reducer)) for samples in (victim, ablated)]
     return [_density_ratio(*distances, k, len(point)) for k in ks]
 
 
@@ -109,8 +109,8 @@ def null_distribution(query, sets, reducer=None, k=20):
     """
     if len(sets) < 2:
         raise ValueError("A null distribution needs the samples of at least two models.")
-    point = _point(query, reducer)
-    distances = [_distances(point, _points(samples, reducer)) for samples in sets]
+    point = as_point(query, reducer)
+    distances = [_distances(point, as_points(samples, reducer)) for samples in sets]
     return np.array([_density_ratio(a, b, k, len(point)).as_published for a, b in permutations(distances, 2)])
 
 
@@ -120,8 +120,8 @@ def null_curves(query, samples, reducer=None, ks=(5, 10, 20, 40), repeats=200, s
     A row uses the same halves for every k. It depends on k and hardly on how many samples there are, so halves stand
     for whole sets; it lacks the spread over trainings.
     """
-    point, rng = _point(query, reducer), np.random.default_rng(seed)
-    distances = _distances(point, _points(samples, reducer))
+    point, rng = as_point(query, reducer), np.random.default_rng(seed)
+    distances = _distances(point, as_points(samples, reducer))
     half = len(distances) // 2
     rows = []
     for order in (rng.permutation(distances) for _ in range(repeats)):
@@ -253,31 +253,21 @@ def _distances(point, points):
     return np.linalg.norm(points - point, axis=1)
 
 
-def _point(query, reducer):
-    """One query, an image (C, H, W) or (1, C, H, W) or a point (d,), as a point."""
+def as_point(query, reducer=None):
+    """One query as a point (d,), from an image (C, H, W) or (1, C, H, W) or a point (d,) or (1, d)."""
     query = as_array(query)
-    points = _points(query[None] if query.ndim in (1, 3) else query, reducer)
+    points = as_points(query[None] if query.ndim in (1, 3) else query, reducer)
     if len(points) != 1:
         raise ValueError(f"One query at a time; there are {len(points)}.")
     return points[0]
 
 
-def _points(images, reducer):
-    """Rows (N, d), float64: points as they are, images by the reducer or as [0, 1] pixels."""
+def as_points(images, reducer=None):
+    """Rows (N, d), float64: points as they are, images by the reducer or, without one, as [0, 1] pixels."""
     images = as_array(images)
     if images.ndim == 2:
         return images.astype(np.float64)
     return reducer.transform(images) if reducer is not None else _pixels(images).astype(np.float64)
-
-
-def as_points(images, reducer=None):
-    """Rows (N, d), float64: points as they are, images by the reducer or, without one, as [0, 1] pixels."""
-    return _points(images, reducer)
-
-
-def as_point(query, reducer=None):
-    """One query as a point (d,), from an image (C, H, W) or (1, C, H, W) or a point (d,) or (1, d)."""
-    return _point(query, reducer)
 
 
 def _pixels(images):

@@ -137,7 +137,8 @@ class PrivateTraining:
             gradients, losses = self._clipped(loss, batch, owners)
         self.optimizer.zero_grad(set_to_none=True)  # a frozen weight may hold a gradient of other code
         for p in _trained(self.model):
-            p.grad = self._privatise(gradients.get(p, torch.zeros_like(p)))
+            noisy = self._privatise(gradients.get(p, torch.zeros_like(p)))
+            p.grad = torch.empty_like(p).copy_(noisy)  # laid out as the weight: fused Adam reads others wrongly
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1

@@ -36,7 +36,7 @@ class Recipe:
     clip: "none", "batch" (the norm of the mean gradient) or "record" (each record's, as in DP-SGD), to 1. noise: the
     standard deviation of what is added to the summed gradient, which is then divided by the batch size. poisson: each
     image enters each batch by itself, else batches are shuffled. penalty and schedule ("ln2", "zero": the target of the
-    authors' rule; a number: one generator step after so many) are the GAN's. decay: the learning rate falls to 0.
+    authors' rule) are the GAN's. decay: the learning rate falls to 0.
     optimizer: "adam" or "sgd"; SGD's rate is such that noise of the size `walk` moves a weight as far as Adam's step.
     """
 
@@ -44,7 +44,7 @@ class Recipe:
     noise: float = 0.0
     poisson: bool = False
     penalty: bool = False
-    schedule: str | int = "ln2"
+    schedule: str = "ln2"
     decay: bool = False
     optimizer: str = "adam"
     walk: float = 1.0
@@ -52,8 +52,8 @@ class Recipe:
     def __post_init__(self):
         if self.clip not in CLIPPED or self.optimizer not in ("adam", "sgd"):
             raise ValueError(f"clip is one of {', '.join(CLIPPED)} and optimizer adam or sgd.")
-        if not (self.schedule in TARGETS or (isinstance(self.schedule, int) and self.schedule >= 1)):
-            raise ValueError("schedule is ln2, zero, or a number of discriminator steps per generator step.")
+        if self.schedule not in TARGETS:
+            raise ValueError("schedule is ln2 or zero.")
         if not (0 <= self.noise < math.inf and 0 < self.walk < math.inf):
             raise ValueError(f"noise must be 0 or more and walk positive, not {self.noise} and {self.walk}.")
 
@@ -212,8 +212,7 @@ class _Adversary:
     def __init__(self, nets, recipe, lr, generator):
         self.net, self.discriminator, self.random = nets["model"], nets["discriminator"], generator
         self.adam = torch.optim.Adam(self.net.parameters(), lr, BETAS, fused=True)
-        counted = isinstance(recipe.schedule, int)
-        self.schedule = Schedule(0.0 if counted else TARGETS[recipe.schedule], recipe.schedule if counted else None)
+        self.schedule = Schedule(TARGETS[recipe.schedule])
 
     @torch.no_grad()
     def meet(self, images, labels):
