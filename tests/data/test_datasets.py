@@ -160,7 +160,8 @@ def test_all_names_of_the_chapters_are_there():
     expected = (
         "digits mnist octmnist organamnist pneumoniamnist breastmnist retinamnist bloodmnist dermamnist "
         "pneumoniamnist_parts mednist28 mednist cbis_ddsm bcdr mcgan_synthetic alzheimer ham10000 "
-        "vertebra_units phantom_grey28 phantom_mammography phantom_vertebrae phantom_dermoscopy phantom_brain"
+        "vertebra_units phantom_grey28 phantom_mammography phantom_mammography_elsewhere phantom_vertebrae "
+        "phantom_dermoscopy phantom_brain"
     )
     assert set(expected.split()) == set(names())
 

@@ -51,6 +51,19 @@ def test_layers_are_the_papers():
     assert norms == [32] * 4
 
 
+def test_only_transposed_convolutions_can_lay_a_checkerboard():
+    """Of a constant map the inside must come out constant; the overlap of 4 px kernels at stride 2 is uneven."""
+    for upsampling, flat in (("transposed", False), ("resize", True)):
+        torch.manual_seed(0)
+        generator = Generator(16, width=4, norm="none", upsampling=upsampling)
+        last = [layer for layer in generator.main if not isinstance(layer, nn.Tanh)][-1 if not flat else -2 :]
+        made = nn.Sequential(*last)(torch.ones(1, 4, 8, 8))[0, 0, 2:-2, 2:-2]
+        assert (made.std() < 1e-6) == flat
+        assert generator.sample(LABELS).shape == (4, 1, 16, 16)
+    with pytest.raises(ValueError, match="upsampling must be transposed or resize"):
+        Generator(16, upsampling="bicubic")
+
+
 @pytest.mark.parametrize("image_size", [32, 64, 128])
 def test_every_size_is_made_and_judged(image_size):
     made = Generator(image_size, width=4, norm="group").sample(LABELS)

@@ -261,6 +261,7 @@ _SETS = {
 _PHANTOMS = {
     "phantom_grey28": (phantoms.grey28, (2000, 500, 1000)),
     "phantom_mammography": (phantoms.mammography, (400, 100, 200)),
+    "phantom_mammography_elsewhere": (phantoms.mammography_elsewhere, (400, 100, 200)),
     "phantom_vertebrae": (phantoms.vertebrae, (240, 60, 120)),
     "phantom_dermoscopy": (phantoms.dermoscopy, (800, 200, 400)),
     "phantom_brain": (phantoms.brain, (640, 160, 320)),

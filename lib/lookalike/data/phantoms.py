@@ -6,6 +6,7 @@ image. So a leak, a duplicate or a shift can be planted and must be found. Image
 is rendered by itself.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from lookalike.data.image_set import ImageSet
+
+ELSEWHERE = 1000  # added to a seed: patients of another hospital
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def mammography(n, seed=0, sites=1, split="all", image_size=128) -> Phantoms:
         label_of=lambda i: (i // 2) % 2,
         stand_in_for="cbis_ddsm",
     )
+
+
+def mammography_elsewhere(n, seed=0, split="all", image_size=128) -> Phantoms:
+    """The same patches from a second site alone, other patients: what an external test set is to `mammography`."""
+    both = mammography(2 * n, seed + ELSEWHERE, sites=2, split=split, image_size=image_size)
+    there = np.flatnonzero(both.factors["site"] == 1)[:n]
+    image_set = dataclasses.replace(
+        both.image_set.subset(there), name="phantom_mammography_elsewhere", stand_in_for="bcdr"
+    )
+    return Phantoms(image_set, {name: values[there] for name, values in both.factors.items()})
 
 
 def vertebrae(n, seed=0, sites=1, split="all", image_size=64) -> Phantoms:
