@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from lookalike.data import alignment, load, manifest, phantoms
 from lookalike.data import duplicates as finder
-from lookalike.data.duplicates import audit_set, duplicate_groups, flag_copies, near_duplicates, subject_overlap
+from lookalike.data.duplicates import (
+    audit_set,
+    duplicate_groups,
+    flag_copies,
+    near_duplicates,
+    subject_overlap,
+    without_duplicates,
+)
 from lookalike.data.image_set import ImageSet
 from lookalike.data.plants import KINDS, plant
 
@@ -368,3 +375,19 @@ def test_shifted_mammograms_are_found_among_held_out_ones(own_mirror_cache):
     assert found.sum() == 100
     assert (flags.real[found] == rows[flags.flagged[found]]).all()
     assert (~found).sum() <= flags.false_high
+
+
+# --- exact duplicates taken out -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1)), max_size=12))
+def test_one_of_each_image_is_kept_and_none_with_two_labels(rows):
+    """Against a slow twin; an image is its grey value."""
+    images = np.array([grey for grey, _ in rows], np.uint8).reshape(-1, 1, 1, 1)
+    whole = image_set(images, [label for _, label in rows])
+    kept = [
+        i
+        for i, (grey, _) in enumerate(rows)
+        if grey not in [other for other, _ in rows[:i]] and len({label for other, label in rows if other == grey}) == 1
+    ]
+    assert without_duplicates(whole).subjects.tolist() == [str(i) for i in kept]

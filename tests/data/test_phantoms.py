@@ -113,7 +113,9 @@ def test_melanomas_are_larger_and_ventricles_grow_with_the_grade():
 
 def test_the_other_site_has_other_patients_both_classes_and_a_darker_scanner():
     here, there = (make(40, image_size=16).image_set for make in (phantoms.mammography, phantoms.mammography_elsewhere))
-    assert len(there) == 40 and there.name == "phantom_mammography_elsewhere" and there.stand_in_for == "bcdr"
+    assert len(there) == 40
+    assert there.name == "phantom_mammography_elsewhere"
+    assert there.stand_in_for == "bcdr"
     assert not set(here.subjects) & set(there.subjects)
     assert list(np.bincount(there.labels)) == [20, 20]
     assert there.images.mean() < here.images.mean()

@@ -151,6 +151,21 @@ def audit_set(image_set: ImageSet, threshold: float | None = None) -> SetAudit:
     )  # fmt: skip
 
 
+def unique_rows(image_set: ImageSet) -> np.ndarray:
+    """Rows of the first of each group of images equal in every pixel; of a group with several labels none is kept, for
+    nobody knows which is right. Near-duplicates stay: see `audit_set`.
+    """
+    groups = exact_duplicates(image_set.images)
+    contradictory = [len(np.unique(image_set.labels[rows])) > 1 for rows in groups]
+    dropped = [rows if bad else rows[1:] for rows, bad in zip(groups, contradictory)]
+    return np.setdiff1d(np.arange(len(image_set)), np.concatenate([*dropped, np.empty(0, int)]))
+
+
+def without_duplicates(image_set: ImageSet) -> ImageSet:
+    """The set with its `unique_rows` alone."""
+    return image_set.subset(unique_rows(image_set))
+
+
 def duplicate_groups(images, threshold=None) -> np.ndarray:
     """One name (N,) per image, equal for near-duplicates and what they connect: usable as `subjects` of a split."""
     images = getattr(images, "images", images)

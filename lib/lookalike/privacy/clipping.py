@@ -95,7 +95,7 @@ class Records:
 
     def sum(self, rows):
         """(k N, ...) to (R, ...): a record's rows add up."""
-        images = rows.unflatten(0, (-1, self.n)).sum(0)
+        images = rows if len(rows) == self.n else rows.unflatten(0, (-1, self.n)).sum(0)
         if self.owners is None:
             return images
         return images.new_zeros(self.count, *images.shape[1:]).index_add_(0, self.owners, images)
@@ -239,9 +239,12 @@ def _weight_norms(layer, x, slope, keep):
 
 def _ghost_norms(x, slope):
     """Squared Frobenius norm of x^T slope per record, from (R, T, p) and (R, T, o), without forming it; its bound."""
+    if x.shape[1] == 1:  # one position, nothing to annul: the norm is its bound
+        norms = ((x @ x.mT) * (slope @ slope.mT)).flatten()
+        return norms, norms
     norms, bounds = _gram(x, slope)
     doubtful = norms < CANCELLED * bounds
-    if x.shape[1] > 1 and doubtful.any():
+    if doubtful.any():
         norms = norms.double()
         norms[doubtful] = _gram(x[doubtful].double(), slope[doubtful].double())[0].clamp_min(0)
     return norms, bounds
@@ -332,7 +335,7 @@ def _normal(layer, x):
 def _over_positions(layer, slope):
     """(rows, o, ...) to (rows, o) by summing over positions; a Linear has its features last."""
     if isinstance(layer, nn.Linear):
-        return slope.reshape(len(slope), -1, slope.shape[-1]).sum(1)
+        return slope if slope.dim() == 2 else slope.reshape(len(slope), -1, slope.shape[-1]).sum(1)
     return slope.reshape(*slope.shape[:2], -1).sum(2)
 
 

@@ -137,8 +137,8 @@ class PrivateTraining:
             gradients, losses = self._clipped(loss, batch, owners)
         self.optimizer.zero_grad(set_to_none=True)  # a frozen weight may hold a gradient of other code
         for p in _trained(self.model):
-            noisy = self._privatise(gradients.get(p, torch.zeros_like(p)))
-            p.grad = torch.empty_like(p).copy_(noisy)  # laid out as the weight: fused Adam reads others wrongly
+            noisy = self._privatise(gradients[p] if p in gradients else torch.zeros_like(p))
+            p.grad = _laid_out_as(p, noisy)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -429,6 +429,11 @@ def _first_records(n, owners, most):
 def _numbered(owners, images):
     """The owners of some images, numbered from 0 without a gap."""
     return None if owners is None else torch.unique(owners[images], return_inverse=True)[1]
+
+
+def _laid_out_as(p, noisy):
+    """The gradient in the strides of its weight: fused Adam reads others wrongly."""
+    return noisy if noisy.stride() == p.stride() else torch.empty_like(p).copy_(noisy)
 
 
 def _trained(model):
