@@ -712,5 +712,21 @@ def test_images_of_restricted_data_stay_here(book, data):
     keep("toy", "full")
 
 
+def test_a_picture_beside_restricted_data_needs_the_word_of_its_author(book):
+    picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0="})
+    run = finished_run(book, images=replace(Images("bcdr"), restricted=True))
+    write_notebook(run, picture)
+    path = run.folder / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    drawing = next(cell for cell in notebook.cells if picture in cell.get("outputs", []))
+    drawing.metadata["tags"] = ["hide-input", "draws-no-restricted-image"]
+    nbformat.write(notebook, path)
+    keep("toy", "full")
+    drawing.metadata["tags"] = ["hide-input"]
+    nbformat.write(notebook, path)
+    with pytest.raises(ResultsError, match=r"says so by the tag draws-no-restricted-image"):
+        keep("toy", "full")
+
+
 def test_all_names_of_the_library_are_there():
     assert all(hasattr(results, name) for name in results.__all__)

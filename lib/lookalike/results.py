@@ -54,7 +54,8 @@ __all__ = [
 ]
 
 # Parameters that name a run or share out its work, and leave what it measures alone.
-NEUTRAL = {"run_name", "seed", "workers", "device", "inception_weights", "alexnet_weights", "lpips_weights"}
+WEIGHTS = ("inception_weights", "alexnet_weights", "lpips_weights", "extractor_weights")  # places of files
+NEUTRAL = {"run_name", "seed", "workers", "device", *WEIGHTS}
 
 
 def start_run(chapter: str, namespace: dict) -> "Run":

@@ -43,7 +43,8 @@ def view_masses(folder, *, source, extractor, image_size, split=None, flips=True
     source: the name of a data set with its `split`, or the folder of a stage that wrote samples.safetensors. V is 4
     with `flips` (as is, left to right, top to bottom, both), else 1. extractor: one of EXTRACTORS; `weights`: the file
     of swin_t; backbone: the folder of a `pretraining.pretrain_masses`, whose weights the network then has. Subjects are
-    numbers from 0, one per patient, or per image where nobody knows the patient.
+    numbers from 0, one per patient, or per image where nobody knows the patient. Views of a restricted set, above all
+    "grey", are as restricted as its images; they lie in the run's folder alone, which no page and no kept run copies.
     """
     images, labels, subjects = load_masses(source, split)
     network = mass_extractor(extractor, image_size, weights)
@@ -73,14 +74,15 @@ def load_views(folders):
 
 def mass_extractor(name, image_size, weights=""):
     """An `Extractor` by one of the names EXTRACTORS, whose full name stands beside every number."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "efficientnet_lite0":
-        return extractors.efficientnet_lite0(image_size)
+        return extractors.efficientnet_lite0(image_size, device)
     if name == "lite0_penultimate":
-        return _lite0_penultimate(image_size)
+        return _lite0_penultimate(image_size, device)
     if name == "swin_t":
         if not weights:
             raise ValueError("swin_t needs torchvision's file swin_t-704ceda3.pth: name it in `weights`.")
-        return extractors.swin_t(weights, image_size)
+        return extractors.swin_t(weights, image_size, device)
     if name == "grey":
         return extractors.Extractor(f"8x8 means and 16 grey levels@{image_size}", 80, image_size, _GreyLevels())
     raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {name!r}.")
@@ -106,9 +108,9 @@ def load_masses(source, split=None):
     return images, labels, torch.arange(len(labels))
 
 
-def _lite0_penultimate(image_size):
+def _lite0_penultimate(image_size, device):
     """EfficientNet-Lite0's last block, pooled (320): before the convolution that widens it to 1280."""
-    whole = extractors.efficientnet_lite0(image_size)
+    whole = extractors.efficientnet_lite0(image_size, device)
     network = nn.Sequential(whole.network.conv_stem, whole.network.bn1, whole.network.blocks, _Pooled())
     name = whole.name.replace("imagenet@", "imagenet-last-block@")
     return extractors.Extractor(name, 320, image_size, network)
@@ -174,7 +176,7 @@ def train_head(
     network = _started(head, views.shape[2], seed, start, freeze_body)
     trainable = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr, weight_decay=weight_decay, fused=True)
-    order, flips = stream(seed, "training"), stream(seed, "flips")
+    order, flips = stream(seed, "head"), stream(seed, "flips")
     private = start_private(network, optimizer, privacy, views, subjects, order, batch_size)
     first = first_selectable(privacy, epochs) if private else 1
     rows, targets, versions = views.flatten(0, 1), smoothed(labels, label_smoothing), views.shape[1]

@@ -35,6 +35,8 @@ def figure_measures(
 ):  # fmt: skip
     """The table of Fig. 2 on `parts` disjoint parts of each set: {"rows": {row: {metric: ...}}, "sizes", "features"}.
 
+    As few synthetic images as real ones are taken (differs, see `parts_of`).
+
     `real`: a data set's train split, R1.. by patient; `synthetic`: another set's train split, or the folder of a stage
     with samples.safetensors, S1..; `other`: the test split of a third, B1.. by patient, "" leaves its row out. Every
     image is first brought to a square of `image_size` px (bilinear, antialiased, rounded to 8 bits; one that has
@@ -76,7 +78,7 @@ def frd_causes(folder, *, real, synthetic, other, image_size, seed, parts=3):
     the means, 0..1. "bands": {set: variances}, grey levels^2 in each band of BANDS, which sum to the mean variance
     inside an image.
     """
-    images, rows = parts_of(real, synthetic, other, image_size, parts, seed, equal=True)
+    images, rows = parts_of(real, synthetic, other, image_size, parts, seed)
     wanted, spectra = pairs_of(rows), {name: power_spectrum(x) for name, x in images.items()}
     smooth = with_spectrum(images["synthetic"], spectra["synthetic"], spectra["real"])
     textured = with_spectrum(images["real"], spectra["real"], spectra["synthetic"])
@@ -97,10 +99,11 @@ def frd_causes(folder, *, real, synthetic, other, image_size, seed, parts=3):
     }
 
 
-def parts_of(real, synthetic, other, image_size, parts, seed, equal=False):
+def parts_of(real, synthetic, other, image_size, parts, seed):
     """Images uint8 (N, C, S, S) and row indices of the parts, by "real", "synthetic" and, where named, "other".
 
-    equal=True draws as many synthetic images as there are real ones, if there are more.
+    Of the synthetic images as many are drawn as there are real ones, if there are more: a Fréchet distance between two
+    samples of one distribution falls with their size, and the paper's 3,240 against 360 make Syn-Syn small by itself.
     """
     if parts < 2:
         raise ValueError(f"Real-Real needs two parts at least, not {parts}.")
@@ -117,9 +120,8 @@ def parts_of(real, synthetic, other, image_size, parts, seed, equal=False):
     if other:
         sets["other"] = datasets.load(other, "test")
         images["other"] = sets["other"].images
-    if equal:
-        some = np.random.default_rng(seed).permutation(len(images["synthetic"]))[: len(images["real"])]
-        images["synthetic"] = images["synthetic"][np.sort(some)]
+    some = np.random.default_rng(seed).permutation(len(images["synthetic"]))[: len(images["real"])]
+    images["synthetic"] = images["synthetic"][np.sort(some)]
     subjects = {name: found.subjects for name, found in sets.items()}
     subjects["synthetic"] = np.arange(len(images["synthetic"])).astype(str)
     rows = {name: subsets.patient_parts(subjects[name], parts, seed) for name in images}
