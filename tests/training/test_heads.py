@@ -89,7 +89,7 @@ def test_a_private_epoch_is_the_slow_loop_of_autograd(head, records):
     privacy = Privacy(1.5, 0.5, 6, 1e-3, max_grad_norm=0.4, records=records)
     network = heads._started(head, 10, 5, None, False)
     lr, decay, state = 1e-2, 1e-2, {}
-    stream = heads.stream(5, "training")
+    stream = heads.stream(5, "head")
     rates = [torch.rand(len(set(whose)), dtype=torch.float64, generator=stream) < 0.5 for _ in range(2)]
     for step, chosen in enumerate(rates, 1):
         total = {p: torch.zeros_like(p) for p in network.parameters()}
