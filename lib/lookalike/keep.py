@@ -12,7 +12,7 @@ from lookalike.compare import load_run
 from lookalike.files import ResultsError, write_atomically, write_json
 from lookalike.recheck import unchecked
 
-NUMBERS = "draws-no-restricted-image"  # tag of a cell, beside restricted data; whoever sets it has looked
+NO_RESTRICTED = "draws-no-restricted-image"  # tag of a cell, beside restricted data; whoever sets it has looked
 
 
 def keep(chapter: str, run_name: str = "medium", allow_dirty: bool = False) -> list[Path]:
@@ -41,7 +41,9 @@ def keep(chapter: str, run_name: str = "medium", allow_dirty: bool = False) -> l
 
 def _why_not(run: dict, notebook, allow_dirty: bool) -> str | None:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    unspoken = [output for cell in notebook.cells if NUMBERS not in _tags(cell) for output in cell.get("outputs", [])]
+    unspoken = [
+        output for cell in notebook.cells if NO_RESTRICTED not in _tags(cell) for output in cell.get("outputs", [])
+    ]
     if not run["finished"]:
         return "it is not finished; resume it"
     if run["changed"]:
@@ -62,7 +64,7 @@ def _why_not(run: dict, notebook, allow_dirty: bool) -> str | None:
     if restricted and any(map(_shows_image, unspoken)):
         return (
             f"its notebook shows images, and {restricted[0]} must not be passed on; a cell that draws none of its "
-            f"images, but curves or other sets, says so by the tag {NUMBERS}"
+            f"images, but curves or other sets, says so by the tag {NO_RESTRICTED}"
         )
     return None
 
