@@ -53,12 +53,15 @@ def read(text: str) -> nbformat.NotebookNode:
 
 
 def best_run(chapter: str, page: nbformat.NotebookNode) -> RecordedRun | None:
-    """The largest recorded run whose code does what the page's code does; comments may differ."""
-    wanted = _code(page)
+    """The largest recorded run whose code does what the page's code does; comments may differ.
+
+    The defaults are the small run's settings; those of a kept run stand in its record, so it may have had others.
+    """
     for scale, path in recorded_notebooks(chapter).items():
         if path.is_file() and path.with_suffix(".json").is_file():
             notebook = nbformat.read(path, as_version=4)
-            if _code(notebook) == wanted:
+            defaults = scale == "small"
+            if _code(notebook, defaults) == _code(page, defaults):
                 return RecordedRun(scale, notebook, json.loads(path.with_suffix(".json").read_text("utf-8")))
     return None
 
@@ -75,8 +78,10 @@ def _code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [c for c in notebook.cells if c.cell_type == "code" and not added & set(c.metadata.get("tags", []))]
 
 
-def _code(notebook: nbformat.NotebookNode) -> list[str]:
-    return [_meaning(cell.source) for cell in _code_cells(notebook)]
+def _code(notebook: nbformat.NotebookNode, defaults: bool = True) -> list[str]:
+    """What the cells do; without `defaults` the parameters cell does not count."""
+    cells = [c for c in _code_cells(notebook) if defaults or "parameters" not in c.metadata.get("tags", [])]
+    return [_meaning(cell.source) for cell in cells]
 
 
 def _meaning(source: str) -> str:

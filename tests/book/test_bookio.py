@@ -100,11 +100,21 @@ def test_text_and_comments_may_change_under_the_outputs(write_chapter):
     assert "Other text." in shown(chapter)
 
 
-@pytest.mark.parametrize(("old", "new"), [("work()", "work(1)"), ("lr: float = 0.1", "lr: float = 0.2")])
-def test_changed_code_falls_back_to_the_run_that_has_it(write_chapter, caplog, old, new):
+def test_a_new_default_is_the_small_runs_and_leaves_a_kept_run_shown(write_chapter):
+    chapter = write_chapter("work()")
+    record_run("small")
+    changed = chapter.read_text().replace("lr: float = 0.1", "lr: float = 0.2")
+    chapter.write_text(changed)
+    assert "of small" not in shown(chapter)
+    record_run("medium")
+    chapter.write_text(changed.replace("lr: float = 0.2", "lr: float = 0.3"))
+    assert "cell 1 of medium" in shown(chapter)
+
+
+def test_changed_code_falls_back_to_the_run_that_has_it(write_chapter, caplog):
     chapter = write_chapter("work()")
     record_run("medium")
-    chapter.write_text(chapter.read_text().replace(old, new))
+    chapter.write_text(chapter.read_text().replace("work()", "work(1)"))
     assert "of medium" not in shown(chapter)
     assert "No recorded run has the code of chapter tiny" in caplog.text
     caplog.clear()
