@@ -1,9 +1,11 @@
 """Image sets: the embedded digits, sets built by hand in each file format, and the tensors made from them."""
 
 import hashlib
+import tracemalloc
 import zipfile
 from io import BytesIO
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -26,12 +28,13 @@ def cache(tmp_path, monkeypatch):
 def place(tmp_path, cache, monkeypatch):
     """Puts files into a mirror and writes a manifest in which they are the entry `name`."""
 
-    def put(name, files):
+    def put(name, files, checksum=True):
         manifest = {
             "title": name, "kind": "data", "sources": ["https://example.org"], "licence": "CC BY 4.0",
             "restricted": False, "login": False, "citation": "Nobody", "chapters": ["pgan"], "by_hand": "ask",
             "files": [
-                {"path": f"set/{path}", "how": "by hand", "sha256": hashlib.sha256(content).hexdigest()}
+                {"path": f"set/{path}", "how": "by hand"}
+                | ({"sha256": hashlib.sha256(content).hexdigest()} if checksum else {})
                 for path, content in files.items()
             ],
         }  # fmt: skip
@@ -160,8 +163,9 @@ def test_all_names_of_the_chapters_are_there():
     expected = (
         "digits mnist octmnist organamnist pneumoniamnist breastmnist retinamnist bloodmnist dermamnist "
         "pneumoniamnist_parts mednist28 mednist cbis_ddsm bcdr mcgan_synthetic alzheimer ham10000 "
-        "vertebra_units phantom_grey28 phantom_mammography phantom_mammography_elsewhere phantom_vertebrae "
-        "phantom_dermoscopy phantom_brain"
+        "vertebra_units vertebra_units_elsewhere vertebra_units_confounded pgan_synthetic phantom_grey28 "
+        "phantom_mammography phantom_mammography_elsewhere phantom_vertebrae phantom_spines "
+        "phantom_spines_elsewhere phantom_dermoscopy phantom_brain"
     )
     assert set(expected.split()) == set(names())
 
@@ -229,6 +233,154 @@ def test_mednist_puts_equal_images_into_one_part(place):
     pixels = [{image.tobytes() for image in part.images} for part in parts]
     assert [len(part) for part in parts] == [168, 24, 48]
     assert sum(map(len, pixels)) == len(set().union(*pixels)) == 120
+
+
+def _bodies():
+    """Two exams of VB1, ten of VB2 and twenty of VB3; an image's grey is its row."""
+    levels = {"VB1": ["bottom+1", "bottom+0"], "VB2": ["T11", "T12"], "VB3": []}
+    lumbar = ["L1", "L2", "L3", "L4", "L5"]
+    rows = [
+        (source, f"{exam:02}", level)
+        for source, exams in (("VB1", 2), ("VB2", 10), ("VB3", 20))
+        for exam in range(exams)
+        for level in levels[source] + (lumbar if source != "VB1" else [])
+    ]
+    source, exam, level = (np.array(column) for column in zip(*rows))
+    images = np.broadcast_to(np.arange(len(rows), dtype=np.uint8)[:, None, None, None], (len(rows), 9, 4, 4))
+    return _npz(images=images, source=source, exam=exam, level=level)
+
+
+def test_vertebral_bodies_of_each_source_are_a_set_of_their_own(place):
+    place("vertebra_units", {"vertebra_units_9x64x64_uint8.npz": _bodies()})
+    own, elsewhere = load("vertebra_units"), load("vertebra_units_elsewhere", "test")
+    assert len(np.unique(own.subjects)) == 14
+    assert elsewhere.classes == own.classes == ("L1-L2", "L3", "L4-L5")
+    assert elsewhere.subjects.tolist() == [f"VB2-{exam:02}" for exam in range(10) for _ in range(5)]
+    assert elsewhere.labels.tolist() == [0, 0, 1, 2, 2] * 10
+    assert elsewhere.images[:7, 0, 0, 0].tolist() == [6, 7, 8, 9, 10, 13, 14]  # behind 4 of VB1, without T11 and T12
+    with pytest.raises(DataError, match="has no split 'train'; it has test"):
+        load("vertebra_units_elsewhere")
+
+
+def test_in_the_confounded_set_the_scanner_tells_the_thorax(place):
+    place("vertebra_units", {"vertebra_units_9x64x64_uint8.npz": _bodies()})
+    for split, exams in (("train", [7, 14]), ("val", [1, 2]), ("test", [2, 4])):
+        both, own = load("vertebra_units_confounded", split), load("vertebra_units", split)
+        assert both.classes == ("T11-T12", "L1-L3", "L4-L5")
+        source = np.array([subject[:3] for subject in both.subjects])
+        assert [len(np.unique(both.subjects[source == name])) for name in ("VB2", "VB3")] == exams
+        assert set(source[both.labels == 0]) == {"VB2"}
+        assert set(source[both.labels == 1]) == {"VB2", "VB3"}
+        assert (both.images[source == "VB3"] == own.images).all()
+        assert both.labels[source == "VB3"].tolist() == [1, 1, 1, 2, 2] * exams[1]
+
+
+# --- pGAN's released images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def put_pgan(place, monkeypatch):
+    """Writes an HDF5 file of the authors' layout, but of n images of 8 px, into the mirror."""
+
+    def put(n=6, write=None, **changed):
+        monkeypatch.setattr(datasets, "_PGAN_SHAPE", (n, 9, 8, 8))
+        images = np.random.default_rng(0).uniform(-1, 1, (n, 9, 8, 8))
+        arrays = {"images": images, "regions": np.arange(n, dtype=float)[:, None] % 3} | changed
+        out = BytesIO()
+        with h5py.File(out, "w") as file:
+            for key, values in arrays.items():
+                if values is not None:
+                    file[key] = values
+            if write:
+                write(file)
+        place("pgan_synthetic", {"pgan_synthetic.hdf5": out.getvalue()}, checksum=False)
+        return arrays["images"]
+
+    return put
+
+
+def test_pgan_images_become_grey_and_keep_their_regions(put_pgan, monkeypatch):
+    monkeypatch.setattr(datasets, "_ROWS_AT_A_TIME", 4)  # so that the last piece is not whole
+    images = put_pgan(n=6)
+    loaded = load("pgan_synthetic")
+    assert (loaded.images == to_uint8(torch.tensor(images))).all()
+    assert loaded.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert loaded.classes == ("cervical", "thoracic", "lumbar")
+    assert (loaded.origin, loaded.split, len(set(loaded.subjects))) == ("synthetic", "train", 6)
+    with pytest.raises(DataError, match="has no split 'test'; it has train"):
+        load("pgan_synthetic", "test")
+
+
+def test_pgan_images_are_never_whole_in_memory_as_floats(put_pgan, monkeypatch):
+    monkeypatch.setattr(datasets, "_ROWS_AT_A_TIME", 16)
+    images = put_pgan(n=1600)
+    path = datasets.fetch("pgan_synthetic")["set/pgan_synthetic.hdf5"]
+    tracemalloc.start()
+    grey, _, _ = datasets._read_pgan({path.name: path}, "train")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert images.nbytes == 8 * grey.nbytes
+    assert peak < 1.5 * grey.nbytes  # the result, and a few pieces of 16 images
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"images": None}, "has no dataset 'images' of its own; it holds regions"),
+        ({"regions": None}, "has no dataset 'regions' of its own; it holds images"),
+        (
+            {"images": np.zeros((6, 8, 8))},
+            r"images must be numbers of shape \(6, 9, 8, 8\), but is float64 \(6, 8, 8\)",
+        ),
+        ({"images": np.zeros((5, 9, 8, 8))}, r"shape \(6, 9, 8, 8\), but is float64 \(5, 9, 8, 8\)"),
+        ({"images": np.zeros((6, 9, 8, 8), "S3")}, r"images must be numbers of shape .* but is \|S3"),
+        ({"regions": np.zeros(6)}, r"regions must be numbers of shape \(6, 1\), but is float64 \(6,\)"),
+        ({"regions": np.full((6, 1), 3.0)}, "regions must be 0, 1 or 2, but one is 3.0"),
+        ({"regions": np.full((6, 1), 0.5)}, "regions must be 0, 1 or 2, but one is 0.5"),
+        ({"regions": np.full((6, 1), np.nan)}, "regions must be 0, 1 or 2, but one is nan"),
+        ({"images": np.full((6, 9, 8, 8), 1.01)}, r"images must lie in \[-1, 1\]"),
+        ({"images": np.full((6, 9, 8, 8), np.nan)}, r"images must lie in \[-1, 1\]"),
+        ({"images": np.full((6, 9, 8, 8), 0.5)}, r"all images lie in \[0, 1\], so black may be 0 or -1"),
+    ],
+)
+def test_a_pgan_file_that_is_not_as_published_is_refused(put_pgan, changed, sentence):
+    put_pgan(**changed)
+    with pytest.raises(DataError, match=sentence):
+        load("pgan_synthetic")
+
+
+def test_a_pgan_file_may_not_point_to_other_files(put_pgan):
+    def link(file):
+        file["images"] = h5py.ExternalLink("/etc/other.hdf5", "images")
+
+    def store_outside(file):
+        file.create_dataset("images", (6, 9, 8, 8), "f8", external=[("/etc/passwd", 0, 6 * 9 * 64 * 8)])
+
+    put_pgan(images=None, write=link)
+    with pytest.raises(DataError, match="has no dataset 'images' of its own"):
+        load("pgan_synthetic")
+    put_pgan(images=None, write=store_outside)
+    with pytest.raises(DataError, match="images points to other files"):
+        load("pgan_synthetic")
+
+
+def test_a_broken_pgan_file_and_a_missing_one_are_named(place, put_pgan, tmp_path):
+    place("pgan_synthetic", {"pgan_synthetic.hdf5": b"\x89HDF\r\n\x1a\n cut short"}, checksum=False)
+    with pytest.raises(DataError, match=r"pgan_synthetic\.hdf5 is not a readable HDF5 file"):
+        load("pgan_synthetic")
+    (tmp_path / "mirror/set/pgan_synthetic.hdf5").unlink()
+    with pytest.raises(DataError, match="cannot be fetched automatically: ask; then put the file at"):
+        load("pgan_synthetic")
+
+
+def test_another_file_without_a_checksum_is_not_read_from_the_packed_copy(put_pgan):
+    first = put_pgan(n=3)
+    assert (load("pgan_synthetic").images == to_uint8(torch.tensor(first))).all()
+    put_pgan(n=3, images=-first)
+    assert (load("pgan_synthetic").images == to_uint8(torch.tensor(-first))).all()
+
+
+# --- phantoms -----------------------------------------------------------------------------------------------
 
 
 def test_phantoms_load_with_disjoint_subjects_and_at_a_size():

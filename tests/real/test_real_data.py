@@ -18,6 +18,7 @@ pytestmark = [
     ),
 ]
 
+CONFOUNDED = [[24, 150, 100], [4, 21, 14], [6, 42, 28]]  # T11-T12, L1-L3 and L4-L5 in train, val and test
 COUNTS = {  # images per class, in the order of the classes
     ("mnist", "train"): [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
     ("mnist", "test"): [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009],
@@ -183,3 +184,25 @@ def test_vertebrae_come_as_whole_exams_of_five_levels():
         exams, counts = np.unique(part.subjects, return_counts=True)
         assert (counts == 5).all()
         assert np.bincount(part.labels).tolist() == [2 * len(exams), len(exams), 2 * len(exams)]
+
+
+def test_vertebrae_elsewhere_are_the_lumbar_ones_of_another_scanner():
+    need("vertebra_units")
+    here, there = load("vertebra_units"), load("vertebra_units_elsewhere", "test")
+    assert np.bincount(there.labels).tolist() == [34, 17, 34]
+    assert len(np.unique(there.subjects)) == 17
+    assert there.classes == here.classes
+    assert not set(here.subjects) & set(there.subjects)
+    assert there.images.mean() < 0.5 * here.images.mean()  # T2 on one scanner, T1 on the other
+
+
+def test_confounded_vertebrae_name_their_classes_by_the_scanner():
+    need("vertebra_units")
+    parts = [load("vertebra_units_confounded", split) for split in ("train", "val", "test")]
+    assert [np.bincount(part.labels).tolist() for part in parts] == CONFOUNDED
+    subjects = [set(part.subjects) for part in parts]
+    assert sum(map(len, subjects)) == len(set().union(*subjects)) == 71
+    for part, split in zip(parts, ("train", "val", "test")):
+        source = np.array([subject[:3] for subject in part.subjects])
+        assert set(source[part.labels == 0]) == {"VB2"}
+        assert set(part.subjects[source == "VB3"]) == set(load("vertebra_units", split).subjects)

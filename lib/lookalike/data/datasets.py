@@ -67,7 +67,8 @@ def _load_files(name, split, image_size):
     wanted = _SETS[name]
     entry = load_manifest().entry(wanted.entry)
     image_size = image_size or wanted.image_size
-    files = {path.rsplit("/", 1)[-1]: local for path, local in fetch(wanted.entry).items()}
+    local = fetch(wanted.entry)
+    files = {path.rsplit("/", 1)[-1]: local[path] for path in local}
 
     def read():
         images, labels, subjects = wanted.read(files, split)
@@ -76,7 +77,7 @@ def _load_files(name, split, image_size):
         return _resized(images, image_size), np.asarray(labels, np.int64), np.asarray(subjects, np.str_)
 
     if wanted.slow or image_size:
-        checksums = [(file.path, file.checksum) for file in entry.files]
+        checksums = [(file.path, file.checksum or _size_and_time(local[file.path])) for file in entry.files]
         images, labels, subjects = _packed(name, [_PACKING, split, image_size, checksums], read)
     else:
         images, labels, subjects = read()
@@ -85,6 +86,12 @@ def _load_files(name, split, image_size):
         licence=entry.licence, restricted=entry.restricted, origin=wanted.origin,
         stand_in_for=entry.stand_in_for, subject_kind=wanted.subject_kind,
     )  # fmt: skip
+
+
+def _size_and_time(path):
+    """Stands for the checksum of a file for which none is published: a packed copy must not outlive its source."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _packed(name, key, read):
@@ -200,12 +207,86 @@ def _read_ham10000(files, split):
 
 def _read_vertebrae(files, split):
     """Source VB3 alone, 54 exams of L1 to L5: other sources would tell the region by the scanner."""
+    return _exam_split(*_vertebral_bodies(files, "VB3", _REGION_OF), split)
+
+
+def _read_vertebrae_elsewhere(files, split):
+    """Source VB2, the same levels of 17 exams: another scanner, and T2 contrast."""
+    return _vertebral_bodies(files, "VB2", _REGION_OF)
+
+
+def _read_vertebrae_confounded(files, split):
+    """VB2 and VB3 with T11 to L5: thoracic bodies are in VB2 alone, so the scanner tells the class T11-T12.
+
+    Each source is split by exam on its own, so VB3 falls apart as in `vertebra_units`. VB1 is left out: its bodies are
+    counted from the lowest one upwards, so nobody knows their level.
+    """
+    parts = [_exam_split(*_vertebral_bodies(files, source, _REGION_WITH_T), split) for source in ("VB2", "VB3")]
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts))
+
+
+def _vertebral_bodies(files, source, region_of):
+    """Images, labels and exams of one source's bodies at the levels that `region_of` knows."""
     arrays = read_npz(files["vertebra_units_9x64x64_uint8.npz"])
-    own = arrays["source"] == "VB3"
-    exams = np.char.add("VB3-", arrays["exam"][own])
-    labels = np.array([_REGION_OF[level] for level in arrays["level"][own]])
+    own = (arrays["source"] == source) & np.isin(arrays["level"], list(region_of))
+    labels = np.array([region_of[level] for level in arrays["level"][own]])
+    return arrays["images"][own], labels, np.char.add(f"{source}-", arrays["exam"][own])
+
+
+def _exam_split(images, labels, exams, split):
     rows = subject_split(exams, (0.7, 0.1, 0.2))[("train", "val", "test").index(split)]
-    return arrays["images"][own][rows], labels[rows], exams[rows]
+    return images[rows], labels[rows], exams[rows]
+
+
+def _read_pgan(files, split):
+    """The authors' images are tanh outputs as float64, 2.95 GB: they become uint8 piece by piece."""
+    import h5py  # one set needs it
+
+    (path,) = files.values()
+    try:
+        with h5py.File(path, "r") as opened:
+            stored = _hdf5_numbers(opened, path.name, "images", _PGAN_SHAPE)
+            regions = _hdf5_numbers(opened, path.name, "regions", (_PGAN_SHAPE[0], 1))[:, 0]
+            wrong = regions[~np.isin(regions, range(len(_REGIONS)))]
+            if len(wrong):
+                raise DataError(f"{path.name}: regions must be 0, 1 or 2, but one is {wrong[0]}.")
+            return _grey_from_tanh(stored, path.name), regions.astype(np.int64), None
+    except OSError as error:
+        raise DataError(f"{path.name} is not a readable HDF5 file: {error}.") from None
+
+
+def _hdf5_numbers(opened, name, key, shape):
+    """The dataset `key`, unread; nothing but plain numbers inside the file itself is accepted."""
+    import h5py
+
+    link = opened.get(key, getlink=True)
+    found = opened[key] if isinstance(link, h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset):
+        raise DataError(f"{name} has no dataset {key!r} of its own; it holds {', '.join(sorted(opened)) or 'nothing'}.")
+    if found.external or found.is_virtual:
+        raise DataError(f"{name}: {key} points to other files, which are not read.")
+    if found.shape != shape or found.dtype.kind not in "fiu":
+        raise DataError(f"{name}: {key} must be numbers of shape {shape}, but is {found.dtype} {found.shape}.")
+    return found
+
+
+def _grey_from_tanh(stored, name):
+    """Values in [-1, 1] of an HDF5 dataset as uint8, read a few images at a time."""
+    images = np.empty(stored.shape, np.uint8)
+    lowest = np.inf
+    for start in range(0, len(images), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        values = stored[rows]
+        low, high = values.min(), values.max()
+        if not -1 <= low <= high <= 1:
+            raise DataError(
+                f"{name}: images must lie in [-1, 1], but a value from image {start} on is {low} or {high}."
+            )
+        images[rows] = np.rint((values + 1) * 127.5)
+        lowest = min(lowest, low)
+    if lowest >= 0:
+        raise DataError(f"{name}: all images lie in [0, 1], so black may be 0 or -1: scale them to [-1, 1] first.")
+    return images
 
 
 def _zip_images(path, keep, mode="L"):
@@ -224,7 +305,12 @@ _MASSES = ("malignant", "benign")
 _MEDNIST = ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")
 _ALZHEIMER = ("MildDemented", "ModerateDemented", "NonDemented", "VeryMildDemented")
 _HAM10000 = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
+_REGIONS = ("cervical", "thoracic", "lumbar")
+_LEVELS = ("L1-L2", "L3", "L4-L5")
 _REGION_OF = {"L1": 0, "L2": 0, "L3": 1, "L4": 2, "L5": 2}
+_REGION_WITH_T = {"T11": 0, "T12": 0, "L1": 1, "L2": 1, "L3": 1, "L4": 2, "L5": 2}
+_PGAN_SHAPE = (10_000, 9, 64, 64)  # as Zenodo record 5031881 says; with no checksum it is what tells the file
+_ROWS_AT_A_TIME = 64  # 19 MB of float64
 _MEDMNIST = {
     "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
     "organamnist": (
@@ -255,7 +341,14 @@ _SETS = {
     "mcgan_synthetic": _Set("mcgan_synthetic", _read_mcgan, _MASSES, ("train",), origin="synthetic"),
     "alzheimer": _Set("alzheimer", _read_alzheimer, _ALZHEIMER, ("train", "test")),
     "ham10000": _Set("ham10000", _read_ham10000, _HAM10000, ("train", "test"), subject_kind="lesion"),
-    "vertebra_units": _Set("vertebra_units", _read_vertebrae, ("L1-L2", "L3", "L4-L5"), subject_kind="exam"),
+    "vertebra_units": _Set("vertebra_units", _read_vertebrae, _LEVELS, subject_kind="exam"),
+    "vertebra_units_elsewhere": _Set(
+        "vertebra_units", _read_vertebrae_elsewhere, _LEVELS, ("test",), subject_kind="exam"
+    ),
+    "vertebra_units_confounded": _Set(
+        "vertebra_units", _read_vertebrae_confounded, ("T11-T12", "L1-L3", "L4-L5"), subject_kind="exam"
+    ),
+    "pgan_synthetic": _Set("pgan_synthetic", _read_pgan, _REGIONS, ("train",), origin="synthetic"),
 }
 
 _PHANTOMS = {
@@ -263,6 +356,8 @@ _PHANTOMS = {
     "phantom_mammography": (phantoms.mammography, (400, 100, 200)),
     "phantom_mammography_elsewhere": (phantoms.mammography_elsewhere, (400, 100, 200)),
     "phantom_vertebrae": (phantoms.vertebrae, (240, 60, 120)),
+    "phantom_spines": (phantoms.spines, (960, 360, 360)),
+    "phantom_spines_elsewhere": (phantoms.spines_elsewhere, (360, 120, 360)),
     "phantom_dermoscopy": (phantoms.dermoscopy, (800, 200, 400)),
     "phantom_brain": (phantoms.brain, (640, 160, 320)),
 }

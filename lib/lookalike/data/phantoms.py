@@ -119,29 +119,10 @@ def vertebrae(n, seed=0, sites=1, split="all", image_size=64) -> Phantoms:
     def render(i):
         exam, region = _rng(seed, "exam", i // 6), i % 3
         own = _rng(seed, "unit", i)
-        tissue = {
-            "bone": exam.uniform(0.18, 0.42),
-            "disc": exam.uniform(0.15, 0.8),
-            "fluid": exam.uniform(0.75, 1.0),
-            "fat": exam.uniform(0.6, 0.9),
-            "muscle": exam.uniform(0.12, 0.25),
-        }
-        size = exam.uniform(0.92, 1.1)
-        depth, height, gap, width, tilt = np.array(_REGION_MM[region]) * [size, size, size, size, 1]
-        factors = {
-            **tissue,
-            "depth_mm": depth * own.uniform(0.95, 1.05),
-            "height_mm": height * own.uniform(0.93, 1.07),
-            "disc_mm": gap * own.uniform(0.75, 1.2),
-            "width_mm": width,
-            "tilt": tilt + own.uniform(-0.08, 0.08),
-            "canal_mm": own.uniform(12, 15),
-            "wedge": own.uniform(-0.05, 0.12),
-        }
+        tissue = _spine_tissue(exam)
+        factors = {**tissue, **_unit_shape(own, _REGION_MM[region], size=exam.uniform(0.92, 1.1))}
         texture = [_cloud(own, image_size, 1.6) for _ in range(2)]
-        lateral = (np.arange(9) - 4) * 4.0
-        slices = [_spine_slice(image_size, factors, x, _between(texture, x / 30)) for x in lateral]
-        image = gaussian_filter(np.stack(slices), (0, 0.6, 0.6)) * exam.uniform(0.85, 1.1)
+        image = _spine_volume(image_size, factors, texture) * exam.uniform(0.85, 1.1)
         return image + 0.014 * own.standard_normal(image.shape), factors
 
     return _gather(
@@ -156,6 +137,62 @@ def vertebrae(n, seed=0, sites=1, split="all", image_size=64) -> Phantoms:
         label_of=lambda i: i % 3,
         stand_in_for="the private MR volumes of pgan",
         subject_kind="made-up exam",
+    )
+
+
+def spines(n, seed=0, sites=1, split="all", image_size=64, visits=3) -> Phantoms:
+    """Whole spines at several visits, (n, 9, 64, 64) at 1 mm, with pGAN's class prior of .25, .55 and .20.
+
+    Image i is unit i % 20 (from the head down 5 cervical, 11 thoracic, 4 lumbar) of visit i // 20 % visits of patient
+    i // (20 * visits). A patient's units share tissue, size, tilt and gain. A unit keeps its shape and texture from
+    visit to visit, so its images are near-twins: what changes is the gain, the place (by up to half a mm either way),
+    the noise and, slowly, bone and disc.
+    """
+    return _spines("phantom_spines", n, seed, split, image_size, visits, "F2305, the private MR volumes of pgan", sites)
+
+
+def spines_elsewhere(n, seed=0, split="all", image_size=64) -> Phantoms:
+    """One visit each of other patients, all on the second scanner: what A2209 is to `spines`."""
+    stand_in_for = "A2209, the private MR volumes of pgan"
+    return _spines(
+        "phantom_spines_elsewhere", n, seed + ELSEWHERE, split, image_size, 1, stand_in_for, sites=1, first_site=1
+    )
+
+
+def _spines(name, n, seed, split, image_size, visits, stand_in_for, sites, first_site=0):
+    def render(i):
+        unit, visit, patient = i % 20, i // 20 % visits, i // (20 * visits)
+        person = _spine_patient(_rng(seed, "spine", patient))
+        shape, own = _rng(seed, "spine unit", 20 * patient + unit), _rng(seed, "spine image", i)
+        factors = {
+            **_spine_visit(_rng(seed, "spine visit", visits * patient + visit), person, visit),
+            **_unit_shape(shape, _level_mm(unit), person["size"], person["tilt"]),
+            "size": person["size"],
+            "habitual_tilt": person["tilt"],
+            "shift_x_mm": own.uniform(-0.5, 0.5),
+            "shift_y_mm": own.uniform(-0.5, 0.5),
+            "unit": unit,
+            "visit": visit,
+            "patient": patient,
+        }
+        shift = np.array([factors["shift_x_mm"], factors["shift_y_mm"]]) / 32
+        whole_pixels = tuple((shift[::-1] * image_size / 2).round().astype(int))
+        texture = [np.roll(_cloud(shape, image_size, 1.6), whole_pixels, (0, 1)) for _ in range(2)]
+        image = _spine_volume(image_size, factors, texture, shift) * factors["gain"]
+        return image + 0.014 * own.standard_normal(image.shape), factors
+
+    return _gather(
+        name,
+        render,
+        n,
+        seed,
+        sites,
+        split,
+        classes=("cervical", "thoracic", "lumbar"),
+        images_per_subject=20 * visits,
+        label_of=lambda i: _REGION_OF_UNIT[i % 20],
+        stand_in_for=stand_in_for,
+        first_site=first_site,
     )
 
 
@@ -259,6 +296,7 @@ def _gather(
     label_of,
     stand_in_for,
     subject_kind="made-up patient",
+    first_site=0,
 ):
     """Renders images 0..n-1, passes each through its subject's scanner and collects images and factors."""
     images, rows = [], []
@@ -266,7 +304,7 @@ def _gather(
         image, factors = render(i)
         subject = i // images_per_subject
         # Sites change from one round of the classes to the next, so that site and class are independent.
-        site = subject // len(classes) % sites
+        site = first_site + subject // len(classes) % sites
         image = image if image.ndim == 3 else image[None]
         images.append(_through_scanner(image, site, _rng(seed, "site", i)))
         rows.append({**factors, "site": site})
@@ -296,7 +334,10 @@ def _through_scanner(image, site, rng):
     return (255 * image.clip(0, 1)).round().astype(np.uint8)
 
 
-_KINDS = ("grey", "mammo", "view", "exam", "unit", "skin", "lesion", "head", "slice", "site")
+_KINDS = (
+    "grey", "mammo", "view", "exam", "unit", "skin", "lesion", "head", "slice", "site",
+    "spine", "spine unit", "spine visit", "spine image",
+)  # fmt: skip
 
 
 def _rng(seed, kind, i):
@@ -427,44 +468,143 @@ def _skin_line(rng, size):
 
 # depth, height, disc and width of a body in mm, and the tilt of the spine, for cervical, thoracic and lumbar.
 _REGION_MM = ((16, 13, 5, 24, 0.18), (27, 21, 5.5, 32, -0.12), (33, 27, 9, 46, 0.08))
+_REGION_OF_UNIT = (0,) * 5 + (1,) * 11 + (2,) * 4  # of a whole spine, from the head down
 
 
-def _spine_slice(size, factors, lateral, texture):
-    """One sagittal slice `lateral` mm from the middle: front to the left, head up."""
-    f = factors
-    u, v = _placed(size, 0, 0, f["tilt"], 1.0)
-    u, v = u * 32, v * 32  # mm
+def _level_mm(unit):
+    """The row of `_REGION_MM` for one of the 20 units: down a region all lengths grow, from 0.9 to 1.1 of the row."""
+    region = _REGION_OF_UNIT[unit]
+    down = (unit - _REGION_OF_UNIT.index(region)) / (_REGION_OF_UNIT.count(region) - 1)
+    return np.array(_REGION_MM[region]) * ([0.9 + 0.2 * down] * 4 + [1])
+
+
+def _spine_tissue(rng):
+    return {
+        "bone": rng.uniform(0.18, 0.42),
+        "disc": rng.uniform(0.15, 0.8),
+        "fluid": rng.uniform(0.75, 1.0),
+        "fat": rng.uniform(0.6, 0.9),
+        "muscle": rng.uniform(0.12, 0.25),
+    }
+
+
+def _unit_shape(rng, usual, size, tilt=0.0):
+    """One unit's own shape: the `usual` one (a row of `_REGION_MM`) at a patient's size and habitual tilt."""
+    depth, height, gap, width = np.array(usual[:4]) * size
+    return {
+        "depth_mm": depth * rng.uniform(0.95, 1.05),
+        "height_mm": height * rng.uniform(0.93, 1.07),
+        "disc_mm": gap * rng.uniform(0.75, 1.2),
+        "width_mm": width,
+        "tilt": usual[4] + tilt + rng.uniform(-0.08, 0.08),
+        "canal_mm": rng.uniform(12, 15),
+        "wedge": rng.uniform(-0.05, 0.12),
+    }
+
+
+def _spine_volume(size, factors, texture, shift=(0, 0)):
+    """Nine sagittal slices 4 mm apart, (9, size, size), from a pair of textures; `shift` (x, y) in halves of a side."""
+    lateral = (np.arange(9) - 4) * 4.0
+    plane = _spine_plane(size, factors, shift)
+    cuts = {x: _spine_cut(factors, plane, x) for x in np.unique(np.abs(lateral))}  # a spine is symmetric
+    slices = [_spine_slice(factors, plane, cuts[abs(x)], _between(texture, x / 30)) for x in lateral]
+    return gaussian_filter(np.stack(slices), (0, 0.6, 0.6))
+
+
+def _spine_plane(size, f, shift):
+    """What all slices share, front to the left, head up: places in mm and the masks of what spans the width."""
+    u, v = _placed(size, *shift, f["tilt"], 1.0)
+    u, v = u * 32, v * 32
     u = u + 0.006 * v**2 * np.sign(f["tilt"])  # the curve of the spine
     pitch = f["height_mm"] + f["disc_mm"]
     step = (v + pitch / 2) // pitch
     w = v - step * pitch  # from the middle of the nearest body
-    within = np.sqrt(max(0.0, 1 - (lateral / (0.62 * f["width_mm"])) ** 2))  # bodies round off to the sides
-    depth, height = f["depth_mm"] * within / 2, f["height_mm"] / 2 * (1 + f["wedge"] * u / f["depth_mm"])
-    waist = 0.06 * f["depth_mm"] * (1 - (w / height) ** 2).clip(0)
-    body = _box(u, w, np.maximum(depth - waist, 0.1), height)
-    discs = _box(u, np.abs(w) - pitch / 2, np.maximum(depth * 0.95, 0.1), np.maximum(pitch / 2 - height, 0.4) * 0.9)
-    image = f["muscle"] + 0.03 * texture + (f["fat"] - f["muscle"]) * 0.55 * _inside(u + f["depth_mm"] * 0.75, 14)
-    back = f["depth_mm"] / 2 + 1.5
-    image = image + _inside(-u, 3) * (0.55 * f["fat"] + 0.08 * texture - image)
+    height = f["height_mm"] / 2 * (1 + f["wedge"] * u / f["depth_mm"])
+    back, half = f["depth_mm"] / 2 + 1.5, f["canal_mm"] / 2
+    pedicle = _inside(_box(u - back - 4, w + 0.12 * f["height_mm"], 9, f["height_mm"] * 0.24), 2.0)
+    joint = _inside(_box(u - back - 13, w - 0.1 * f["height_mm"], 4.5, f["height_mm"] * 0.55), 2.5)
+    return {
+        "u": u,
+        "w": w,
+        "height": height,
+        "waist": 0.06 * f["depth_mm"] * (1 - (w / height) ** 2).clip(0),
+        "disc_v": np.abs(w) - pitch / 2,
+        "disc_height": np.maximum(pitch / 2 - height, 0.4) * 0.9,
+        "from_canal": u - back - half,
+        "front_fat": (f["fat"] - f["muscle"]) * 0.55 * _inside(u + f["depth_mm"] * 0.75, 14),
+        "rear": _inside(-u, 3),
+        "behind": _inside(back - u, 3),
+        "spinous": _inside(_box(u - back - f["canal_mm"] - 10, w + 3, 9, f["height_mm"] * 0.28), 2.5),
+        "canal": _inside(np.abs(u - back - half) - half, 2.0),
+        "arch": (pedicle, joint),
+    }
+
+
+def _spine_cut(f, plane, lateral):
+    """The masks `lateral` mm from the middle, on either side; None for what does not reach that far."""
     half = f["canal_mm"] / 2
-    image = image + _inside(back - u, 3) * (0.7 * f["fat"] + 0.06 * texture - image)
-    spinous = _inside(_box(u - back - f["canal_mm"] - 10, w + 3, 9, f["height_mm"] * 0.28), 2.5)
-    central = _inside(abs(lateral) - half - 1, 5)
-    image = image + central * spinous * (f["bone"] - image)
-    canal = _inside(np.abs(u - back - half) - half, 2.0) * central
-    image = image + canal * (f["fluid"] - image)
-    cord = _inside(np.hypot(u - back - half, lateral * 0.9) - half * 0.52, 2.5)
-    image = image + cord * canal * (0.45 * f["fluid"] - image) * (f["width_mm"] < 40)
-    side = (1 - central) * _inside(abs(lateral) - 0.55 * f["width_mm"], 6)
-    pedicle = _inside(_box(u - back - 4, w + 0.12 * f["height_mm"], 9, f["height_mm"] * 0.24), 2.0) * side
-    joint = _inside(_box(u - back - 13, w - 0.1 * f["height_mm"], 4.5, f["height_mm"] * 0.55), 2.5) * side
-    image = image + np.maximum(pedicle, joint) * (f["bone"] * 0.95 - image)
+    cut = dict.fromkeys(("spinous", "canal", "cord", "arch", "disc", "body", "marrow"))
+    central = _inside(lateral - half - 1, 5)
+    if central:
+        cut["spinous"] = central * plane["spinous"]
+        cut["canal"] = plane["canal"] * central
+        if f["width_mm"] < 40:  # below, the cord has ended
+            cut["cord"] = _inside(np.hypot(plane["from_canal"], lateral * 0.9) - half * 0.52, 2.5) * cut["canal"]
+    side = (1 - central) * _inside(lateral - 0.55 * f["width_mm"], 6)
+    if side:
+        pedicle, joint = plane["arch"]
+        cut["arch"] = np.maximum(pedicle * side, joint * side)
+    within = np.sqrt(max(0.0, 1 - (lateral / (0.62 * f["width_mm"])) ** 2))  # bodies round off to the sides
     if within:
-        cortex = np.minimum(np.abs(body), np.abs(discs))
-        image = image + _inside(discs, 1.5) * (f["disc"] + 0.02 * texture - image)
-        image = image + _inside(body, 1.5) * (f["bone"] + 0.035 * texture - image)
-        image = image * (1 - 0.6 * _inside(cortex - 0.5, 1.6))
+        depth = f["depth_mm"] * within / 2
+        body = _box(plane["u"], plane["w"], np.maximum(depth - plane["waist"], 0.1), plane["height"])
+        discs = _box(plane["u"], plane["disc_v"], np.maximum(depth * 0.95, 0.1), plane["disc_height"])
+        cut["disc"], cut["body"] = _inside(discs, 1.5), _inside(body, 1.5)
+        cut["marrow"] = 1 - 0.6 * _inside(np.minimum(np.abs(body), np.abs(discs)) - 0.5, 1.6)  # dark cortex
+    return cut
+
+
+def _spine_slice(f, plane, cut, texture):
+    """One sagittal slice (size, size), its tissues laid over each other."""
+    image = f["muscle"] + 0.03 * texture + plane["front_fat"]
+    image = image + plane["rear"] * (0.55 * f["fat"] + 0.08 * texture - image)
+    image = image + plane["behind"] * (0.7 * f["fat"] + 0.06 * texture - image)
+    for part, brightness in (
+        ("spinous", f["bone"]),
+        ("canal", f["fluid"]),
+        ("cord", 0.45 * f["fluid"]),
+        ("arch", f["bone"] * 0.95),
+    ):
+        if cut[part] is not None:
+            image = image + cut[part] * (brightness - image)
+    if cut["body"] is not None:
+        image = image + cut["disc"] * (f["disc"] + 0.02 * texture - image)
+        image = image + cut["body"] * (f["bone"] + 0.035 * texture - image)
+        image = image * cut["marrow"]
     return image
+
+
+def _spine_patient(rng):
+    """Tissue, size, habitual tilt, gain and changes per visit of one patient."""
+    return {
+        "tissue": _spine_tissue(rng),
+        "size": rng.uniform(0.92, 1.1),
+        "tilt": rng.uniform(-0.04, 0.04),
+        "gain": rng.uniform(0.85, 1.1),
+        "bone_change": rng.uniform(-0.01, 0.01),
+        "disc_change": rng.uniform(-0.03, 0),
+    }
+
+
+def _spine_visit(rng, person, visit):
+    """Tissue and gain of one patient at one visit: discs darken slowly, bone drifts."""
+    tissue = person["tissue"]
+    return {
+        **tissue,
+        "bone": tissue["bone"] * (1 + person["bone_change"]) ** visit,
+        "disc": tissue["disc"] * (1 + person["disc_change"]) ** visit,
+        "gain": person["gain"] * rng.uniform(0.98, 1.02),
+    }
 
 
 # --- dermoscopy ---------------------------------------------------------------------------------------------
