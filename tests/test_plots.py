@@ -1,9 +1,12 @@
 """Figures: what is drawn is what was given, in its place and its colour."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from lookalike import plots
 
@@ -165,3 +168,14 @@ def test_weights_that_do_not_sum_to_one_are_refused(axis):
     for wrong in (2 * grid(4), grid(4) + [0.5, -0.25, -0.25]):
         with pytest.raises(ValueError, match="Weights are not negative and sum to 1"):
             ternary(axis, wrong, np.zeros(15, int))
+
+
+def test_an_animation_goes_there_and_back():
+    frames = np.stack([np.full((4, 6), level, np.uint8) for level in (0, 100, 200)])
+    picture = Image.open(io.BytesIO(plots.animate(frames, enlarged=2)))
+    assert (picture.n_frames, picture.size) == (4, (12, 8))
+    levels = []
+    for k in range(4):
+        picture.seek(k)
+        levels.append(int(np.asarray(picture)[0, 0]))
+    assert levels == [0, 100, 200, 100]

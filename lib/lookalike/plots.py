@@ -1,10 +1,13 @@
 """Figures that more than one chapter draws; each takes axes or returns the figure it made."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Polygon
+from PIL import Image
 
 COLOURS = dict(zip(("vae", "gan", "ddpm", "real"), sns.color_palette("colorblind", 4)))
 NAMES = {"vae": "VAE", "gan": "GAN", "ddpm": "DDPM"}
@@ -31,6 +34,15 @@ def plot_grid(rows, titles=None, size=0.55):
         axis.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.04)
     return figure
+
+
+def animate(frames, milliseconds=120, enlarged=4):
+    """uint8 pictures (T, H, W) as an animated PNG, there and back without end: bytes, of which a printer shows one."""
+    there_and_back = np.concatenate([frames, frames[-2:0:-1]])
+    first, *rest = (Image.fromarray(f).resize((enlarged * f.shape[1], enlarged * f.shape[0])) for f in there_and_back)
+    stream = io.BytesIO()
+    first.save(stream, "PNG", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return stream.getvalue()
 
 
 def plot_against_noise(axis, table, column, label, families):

@@ -210,7 +210,11 @@ class Run:
         One line per finished stage; what the functions print goes to logs/ in the run's folder. The first
         failure stops the rest; what was finished stays finished.
         """
-        stages = [self._stage(name, function, kwargs) for name, kwargs in jobs.items()]
+        return self.side_by_side({name: (function, kwargs) for name, kwargs in jobs.items()}, workers)
+
+    def side_by_side(self, jobs: dict[str, tuple[Callable[..., dict], dict]], workers: int = 1) -> dict[str, dict]:
+        """`stages` of several functions, name -> (function, kwargs), none of which reads another's folder."""
+        stages = [self._stage(name, function, kwargs) for name, (function, kwargs) in jobs.items()]
         results = {}
 
         def finished(stage: Stage, outcome: dict, how: str = "") -> None:
