@@ -388,3 +388,18 @@ def test_phantoms_load_with_disjoint_subjects_and_at_a_size():
     assert train.images.shape == (2000, 1, 12, 12)
     assert (train.split, train.origin) == ("train", "phantom")
     assert not set(train.subjects) & set(val.subjects)
+
+
+def test_phantoms_are_rendered_once_and_anew_when_their_code_changes(cache, monkeypatch, tmp_path):
+    fresh = datasets.phantoms.vertebrae(60, seed=1, split="val", image_size=8).image_set
+    first = load("phantom_vertebrae", "val", 8)
+    assert first.content_hash == fresh.content_hash
+    assert first.describe() == fresh.describe()
+    np.testing.assert_array_equal(first.subjects, fresh.subjects)
+    load("phantom_vertebrae", "val", 8)
+    assert len(list((cache / ".packed").iterdir())) == 1
+    other = tmp_path / "phantoms.py"
+    other.write_text("# another version")
+    monkeypatch.setattr(datasets.phantoms, "__file__", str(other))
+    load("phantom_vertebrae", "val", 8)
+    assert len(list((cache / ".packed").iterdir())) == 2

@@ -6,6 +6,7 @@ copy.
 """
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -13,8 +14,10 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import scipy
 from PIL import Image
 
 from lookalike.data import phantoms
@@ -364,8 +367,19 @@ _PHANTOMS = {
 
 
 def _load_phantom(name, split, image_size):
-    """Each split is a world of its own: another seed, so other subjects."""
+    """Each split is a world of its own: another seed, so other subjects. Rendered once per version of phantoms.py."""
     make, counts = _PHANTOMS[name]
     seed = ("train", "val", "test").index(split)
     size = {"image_size": image_size} if image_size else {}
-    return make(counts[seed], seed=seed, split=split, **size).image_set
+
+    def rendered(n):
+        return make(n, seed=seed, split=split, **size).image_set
+
+    def read():
+        whole = rendered(counts[seed])
+        return whole.images, whole.labels, whole.subjects
+
+    code = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
+    versions = [np.__version__, scipy.__version__]
+    images, labels, subjects = _packed(name, [code, versions, counts[seed], split, image_size], read)
+    return dataclasses.replace(rendered(1), images=images, labels=labels, subjects=subjects)
