@@ -41,6 +41,28 @@ def test_another_site_looks_like_a_leak(found):
     assert max(found[SECOND_SITE][name]["power"] for name in ("gan_leaks_pixels", "gan_leaks_features")) >= 0.5
 
 
+def test_another_detector_sees_the_same_trials_and_knows_who_was_copied(pool):
+    drawn = []
+
+    def count_copies(trial):
+        """How many members stand among the made images, pixel for pixel."""
+        drawn.append(trial)
+        made = {image.tobytes() for image in trial.synthetic.pixels}
+        alike = np.array([image.tobytes() in made for image in trial.members.pixels])
+        if trial.copied is not None:
+            assert np.flatnonzero(alike).tolist() == trial.copied.tolist()
+        return {"copies": float(alike.sum())}
+
+    settings = {"members": 24, "synthetic": 40, "shares": (0.5,), "repeats": 3, "leaks": ("copy",)}
+    found = calibrate(pool, **settings, detect=count_copies)
+    assert {world: row["copies"]["power"] for world, row in found.items()} == {
+        NO_LEAK: 0, "copy, 50%": 1, SECOND_SITE: 0
+    }  # fmt: skip
+    again = calibration.trials(pool, **settings, detect=lambda trial: trial)
+    flat = [again[world][i] for i in range(3) for world in again]
+    assert all((a.synthetic.pixels == b.synthetic.pixels).all() for a, b in zip(drawn, flat, strict=True))
+
+
 def test_no_subject_is_dealt_twice(pool):
     parts = deal(pool.subjects, [10, 21, 30], np.random.default_rng(0))
     whose = [set(pool.subjects[part]) for part in parts]

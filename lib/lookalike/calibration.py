@@ -34,13 +34,17 @@ TRAINED = "trained models"
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw: what the generator saw, what it made, and real images that it did not see."""
+    """One draw: what the generator saw, what it made, and real images that it did not see.
+
+    copied: rows of the members that have a planted copy among the made images; None where none was planted.
+    """
 
     members: suite.View
     synthetic: suite.View
     holdout: suite.View
     reference: suite.View
     seed: int
+    copied: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -89,36 +93,47 @@ def _measured(trial):
     }
 
 
-def calibrate(pool, *, members, synthetic, shares, repeats, seed=0, leaks=KINDS):
+def calibrate(pool, *, members, synthetic, shares, repeats, seed=0, leaks=KINDS, detect=detect):
     """{world: {detector: {"power", "interval"}}}: share of `repeats` trials that pass the detector's threshold.
 
     members: images in each of members, held-out and reference images; synthetic: images released; shares: parts of
-    them that are copies. Worlds: "copy, 10 %" and so on for each leak and share; "none"; and, if the pool has a second
-    site, "second site": there the held-out images come from it, nothing leaks, and each detection is false.
+    them that are copies; detect: a `Trial` to {detector: number}. Worlds: "copy, 10 %" and so on for each leak and
+    share; "none"; and, if the pool has a second site, "second site": there the held-out images come from it, nothing
+    leaks, and each detection is false.
     """
+    found = trials(
+        pool, members=members, synthetic=synthetic, shares=shares, repeats=repeats, seed=seed, leaks=leaks,
+        detect=detect,
+    )  # fmt: skip
+    return powers(found.pop("threshold"), found)
+
+
+def trials(pool, *, members, synthetic, shares, repeats, detect, seed=0, leaks=KINDS):
+    """{world: what `detect` gives of each of `repeats` trials}; "threshold": trials without a leak, see `powers`."""
     copies = {f"{leak}, {share:.0%}": (leak, share) for share in shares for leak in leaks}
     worlds = {"threshold": None, NO_LEAK: None, **copies} | ({SECOND_SITE: None} if pool.elsewhere is not None else {})
     rng, found = np.random.default_rng(seed), {world: [] for world in worlds}
     for _ in range(repeats):
         for world, planted in worlds.items():
             found[world].append(detect(_trial(pool, planted, world == SECOND_SITE, members, synthetic, rng)))
-    return powers(found.pop("threshold"), found)
+    return found
 
 
 def _trial(pool, planted, elsewhere, members, synthetic, rng):
     """Subjects are dealt to the four sets, so that no set knows another's."""
     seen, unseen, beside, made = deal(pool.subjects, [members, members, members, synthetic], rng)
-    released, holdout = pool.images.rows(made), pool.images.rows(unseen)
+    released, holdout, copied = pool.images.rows(made), pool.images.rows(unseen), None
     if planted is not None:
         leak, share = planted
         count = round(share * len(made))
-        copied = rng.choice(seen, count, replace=count > len(seen))
-        released = suite.join(released.rows(np.arange(count, len(made))), pool.copies[leak].rows(copied))
+        chosen = rng.choice(seen, count, replace=count > len(seen))
+        released = suite.join(released.rows(np.arange(count, len(made))), pool.copies[leak].rows(chosen))
+        copied = np.flatnonzero(np.isin(seen, chosen))
     reference = pool.images.rows(beside)
     if elsewhere:  # as on a card: the attacker's own images come from where the held-out ones do
         rows = rng.permutation(len(pool.elsewhere))
         holdout, reference = (pool.elsewhere.rows(part) for part in (rows[:members], rows[members : 2 * members]))
-    return Trial(pool.images.rows(seen), released, holdout, reference, int(rng.integers(2**31)))
+    return Trial(pool.images.rows(seen), released, holdout, reference, int(rng.integers(2**31)), copied)
 
 
 def deal(subjects, counts, rng):

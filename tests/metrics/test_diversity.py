@@ -101,7 +101,26 @@ def test_the_fitted_images_themselves_fall_on_their_points(images, fitted):
     assert np.array_equal(fitted.transform(images), fitted.points)
 
 
+def test_a_map_has_as_many_axes_as_asked_and_the_plane_stays_the_plane(images, fitted):
+    """In eight axes copies lie beside their originals too, which a map of the wrong points would not do."""
+    deep = fit_umap(images, n_neighbors=10, seed=3, n_components=8)
+    assert deep.points.shape == (150, 8)
+    assert deep.points.std(0).min() > 0.05  # every axis is used
+    noise = np.random.default_rng(0).integers(-2, 3, images[:30].shape)
+    copies = np.clip(images[:30].astype(int) + noise, 0, 255).astype(np.uint8)
+    placed = deep.transform(copies)
+    assert placed.shape == (30, 8)
+    gap, stranger = (np.linalg.norm(placed - deep.points[rows], axis=1) for rows in (slice(30), slice(30, 60)))
+    assert np.median(gap) < 0.5 * np.median(stranger)
+    flat = fit_umap(images, n_neighbors=10, seed=3, n_components=2)
+    assert np.array_equal(flat.points, fitted.points)
+
+
 def test_bad_input_gets_a_sentence(images, fitted):
+    with pytest.raises(ValueError, match="1 to 148 components, not 149"):
+        fit_umap(images, n_components=149)
+    with pytest.raises(ValueError, match="components, not 0"):
+        fit_umap(images, n_components=0)
     with pytest.raises(ValueError, match="20 neighbours needs more images than that, not 8"):
         fit_umap(images[:8])
     with pytest.raises(ValueError, match=r"256 numbers \(uint8\) an image; these have 256 \(float32\)"):

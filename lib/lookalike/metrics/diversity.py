@@ -41,7 +41,7 @@ def vendi_score(features):
 
 @dataclass
 class Map:
-    """A UMAP fitted on `rows`; `points` (N, 2), float32, are where they fell."""
+    """A UMAP fitted on `rows`; `points` (N, P), float32, are where they fell; P is n_components."""
 
     points: np.ndarray = field(repr=False)
     rows: np.ndarray = field(repr=False)
@@ -50,7 +50,7 @@ class Map:
     seed: int
 
     def transform(self, images):
-        """Where new images (M, ...) fall on the map, (M, 2) float32; the map itself stays as it is.
+        """Where new images (M, ...) fall on the map, (M, P) float32; the map itself stays as it is.
 
         In the numbers of the fitted ones (uint8 or floats). Repeatable, but the images of one call are settled
         together: the same image can fall a little elsewhere in other company.
@@ -75,21 +75,25 @@ class _ExactIndex:
         return self.found.indices.astype(np.int32), self.found.distances.astype(np.float32)
 
 
-def fit_umap(real, n_neighbors=20, min_dist=0.0, seed=0):
-    """UMAP to the plane, fitted on real images (N, ...) or rows (N, D) alone: a `Map` for any others.
+def fit_umap(real, n_neighbors=20, min_dist=0.0, seed=0, n_components=2):
+    """UMAP to the plane, or to more axes, fitted on real images (N, ...) or rows (N, D) alone: a `Map` for any others.
 
-    pGAN's settings. Euclidean distances between the rows in their own units; the other settings are umap-learn's. The
-    same seed gives the same map on the same machine. Distances and areas on a map mean little: read it for
-    neighbourhoods, and see how far they hold with scikit-learn's `trustworthiness`.
+    pGAN's settings; `n_components` 2 gives its figure's plane, 64 the space of its attacks. Euclidean distances between
+    the rows in their own units; the other settings are umap-learn's. The same seed gives the same map on the same
+    machine. Distances and areas on a map mean little: read it for neighbourhoods, and see how far they hold with
+    scikit-learn's `trustworthiness`.
     """
     from umap import UMAP  # takes seconds, and up to minutes where numba compiles for the first time
 
     rows = _flat(real)
     if len(rows) <= n_neighbors:
         raise ValueError(f"A map with {n_neighbors} neighbours needs more images than that, not {len(rows)}.")
+    if not 1 <= n_components < len(rows) - 1:
+        raise ValueError(f"A map of {len(rows)} images has 1 to {len(rows) - 2} components, not {n_components}.")
     found, index = scan(rows, rows, k=n_neighbors), _ExactIndex()
     neighbours = found.indices.astype(np.int32), found.distances.astype(np.float32), index
-    model = UMAP(n_neighbors, min_dist=min_dist, random_state=seed, n_jobs=1, precomputed_knn=neighbours)
+    settings = {"min_dist": min_dist, "random_state": seed, "n_jobs": 1, "precomputed_knn": neighbours}
+    model = UMAP(n_neighbors, n_components, **settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"precomputed_knn\[2\]")  # that the index is not umap's own
         model.fit(_stand_in(rows, seed))
