@@ -311,8 +311,8 @@ def _coverage(to_real, to_made, subjects, seed):
     patient, five times; each half once is the reference and once the control, so that neither has the luckier patients.
     Covered is what has an image of the set nearer than its own k-th nearest reference image (Naeem et al. 2020, with
     unseen images in the place of real ones); made images are as many as the control's. For k = 1 the control is at 0.5
-    by symmetry, for k = 5 at 0.97 or, as a patient's images go together, below. A generator that mixes patients can
-    pass it: a half has few. Raises if a half has fewer than k images.
+    by symmetry (below, where two patients share an image), for k = 5 at 0.97 or, as a patient's images go together,
+    below. A generator that mixes patients can pass it: a half has few. Raises if a half has fewer than k images.
     """
     rng = np.random.default_rng(seed)
     found = {k: {name: np.zeros(len(to_real)) for name in ("synthetic", "control")} for k in COVERAGE_KS}

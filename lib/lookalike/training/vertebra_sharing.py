@@ -51,7 +51,8 @@ RANDOM_LATENTS = 10_000  # from which the radius that redraws a share is read
 
 
 def tolerance_curve(
-    folder, *, trained, data, image_size, shares, released, seed, feature_size, pool, rate=0.05
+    folder, *, trained, data, image_size, shares, released, seed, feature_size, pool, rate=0.05,
+    cache=None,
 ):  # fmt: skip
     """A stage: of a pool of made images those nearest to real ones are dropped, and `released` of the rest attacked.
 
@@ -78,14 +79,14 @@ def tolerance_curve(
             name = f"{nearest_to} {share:g}"
             releases[name], others[name] = chosen, outside
             rows.append({"nearest_to": nearest_to, "share": share, "tolerance": rms(distances[chosen].min(), made)})
-    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate)
+    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate, cache)
     judged = bench.judge(made, labels.numpy(), releases, others)
     return {"rows": [row | judged[name] for row, name in zip(rows, releases)], "pool": pool, "real": bench.real()}
 
 
 def exclusion(
     folder, *, trained, data, image_size, released, projection_steps, seed, feature_size, rate=0.05, directions=8,
-    redrawn=(0.1, 0.5),
+    redrawn=(0.1, 0.5), cache=None,
 ):  # fmt: skip
     """A stage: releases whose latents avoid those of the training images, attacked beside one that avoids nothing.
 
@@ -128,7 +129,7 @@ def exclusion(
         releases[variant] = len(made) * released + np.arange(released)
         made.append(make(generator, latents, labels))
         _save(Path(folder, variant.replace(" ", "_")), "samples", images=made[-1], labels=labels)
-    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate)
+    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate, cache)
     judged = bench.judge(
         np.concatenate(made), labels.repeat(len(made)).numpy(), releases, dict.fromkeys(releases, held_out)
     )
@@ -140,14 +141,14 @@ def exclusion(
     }
 
 
-def judge_sets(folder, *, sets, data, image_size, seed, feature_size, rate=0.05):
+def judge_sets(folder, *, sets, data, image_size, seed, feature_size, rate=0.05, cache=None):
     """A stage: released sets side by side, {name: folder of a stage that left samples.safetensors}.
 
     All are attacked with as many images as the smallest has. Returns "rows": "name" and the keys of `Bench.judge`; and
     "real", `Bench.real`.
     """
     train, held_out = load_sets(data, image_size)
-    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate)
+    bench = Bench(train, held_out, efficientnet_lite0(feature_size, _device()), seed, rate, cache)
     made = {name: load_samples(where) for name, where in sets.items()}
     count = min(len(labels) for _, labels in made.values())
     releases = {name: i * count + np.arange(count) for i, name in enumerate(made)}
@@ -204,7 +205,8 @@ def measured_against(train, held_out, seed):
 class Bench:
     """What every release of a stage is judged against: members, held-out images, and features for the utility.
 
-    rate: of the held-out images that lie nearer to a training image than the limit, see `distance_limit`.
+    rate: of the held-out images that lie nearer to a training image than the limit, see `distance_limit`. cache: a
+    folder for features.
     """
 
     train: ImageSet
@@ -212,6 +214,7 @@ class Bench:
     extractor: Extractor
     seed: int
     rate: float = 0.05
+    cache: str | None = None
 
     @cached_property
     def limit(self):
@@ -219,7 +222,7 @@ class Bench:
 
     @cached_property
     def backbone(self):
-        return FrozenBackbone(self.extractor, flips=False, training=HEAD)
+        return FrozenBackbone(self.extractor, flips=False, cache=self.cache, training=HEAD)
 
     @cached_property
     def tested(self):
