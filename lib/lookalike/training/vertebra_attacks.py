@@ -16,6 +16,7 @@ from lookalike.metrics.diversity import fit_umap
 from lookalike.privacy.attack import attack_result
 from lookalike.privacy.reidentification import ORIGINS, SIZES, cut_off, cut_off_attack, distance_attacks
 from lookalike.training.mass_attacks import load_made, together
+from lookalike.training.vertebra_sharing import load_sets
 
 PIXEL_SHARE, EMBEDDING_SHARE = 0.01, 0.001  # of all distances within the radius of the distribution attack
 PUBLISHED = sum(SIZES.values())  # candidates
@@ -31,12 +32,8 @@ def load_origins(data, elsewhere, image_size):
 
     Held-out are the splits val and test of `data` together: no generator of this chapter sees either.
     """
-    held_out = [datasets.load(data, split, image_size) for split in ("val", "test")]
-    return {
-        "train": datasets.load(data, "train", image_size),
-        "val": together(held_out),
-        "test": datasets.load(elsewhere, "test", image_size),
-    }
+    train, held_out = load_sets(data, image_size)
+    return {"train": train, "val": held_out, "test": datasets.load(elsewhere, "test", image_size)}
 
 
 def attack_as_published(folder, *, data, elsewhere, synthetic, image_size, seed=0):

@@ -18,8 +18,8 @@ from lookalike.metrics.scores import measure
 from lookalike.models.acgan import morph
 from lookalike.privacy.attack import auc
 from lookalike.privacy.randomness import stream
-from lookalike.training.mass_attacks import load_made, together
-from lookalike.training.vertebra_sharing import rms
+from lookalike.training.mass_attacks import load_made
+from lookalike.training.vertebra_sharing import load_sets, rms
 from lookalike.training.vertebrae import load_networks, sample_spines
 
 POOLED = 8  # px a side of what the judge and the coherence of spines look at
@@ -35,8 +35,7 @@ def judge_conditions(folder, *, trained, data, image_size, steps, latents, seed)
     to 1, lower is smoother; "nearer": RMS grey levels by which middle states lie nearer to a training unit than the
     ends do (above 0: at least as near), with its 95 % interval over latents.
     """
-    real = datasets.load(data, "train", image_size)
-    held_out = together([datasets.load(data, split, image_size) for split in ("val", "test")])
+    real, held_out = load_sets(data, image_size)
     judge = _fit_judge(real)
     rows = {}
     for name, where in trained.items():
@@ -78,8 +77,7 @@ def spine_coherence(folder, *, trained, data, image_size, units, spines, shares,
     "low", "high", and "matching" by name: the correlation that comes nearest to the real coherence, between those
     tried (None where none does). Writes samples.safetensors: one spine of each name at its matching correlation.
     """
-    real = datasets.load(data, "train", image_size)
-    held_out = together([datasets.load(data, split, image_size) for split in ("val", "test")])
+    real, held_out = load_sets(data, image_size)
     place, first = _spines(real, units)
     own = coherence(*_centred(*_spines(held_out, units)[:1], place))
     labels, rows, matching, drawn = torch.as_tensor(first), [], {}, {}
