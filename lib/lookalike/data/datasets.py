@@ -208,6 +208,16 @@ def _read_ham10000(files, split):
     return images, [_HAM10000.index(row["dx"]) for row in rows], [row["lesion_id"] for row in rows]
 
 
+def _read_melanoma(files, split):
+    """Melanoma against all other diagnoses; a fifth of the training lesions are for validation."""
+    images, labels, lesions = _read_ham10000(files, "test" if split == "test" else "train")
+    rows = np.arange(len(images))
+    if split != "test":
+        rows = subject_split(lesions, (0.8, 0.2))[("train", "val").index(split)]
+    labels = np.array(labels)[rows] == _HAM10000.index("mel")
+    return images[rows], labels.astype(np.int64), np.array(lesions)[rows]
+
+
 def _read_vertebrae(files, split):
     """Source VB3 alone, 50 different exams of L1 to L5: other sources would tell the region by the scanner."""
     return _exam_split(*_vertebral_bodies(files, "VB3", _REGION_OF), split)
@@ -347,6 +357,7 @@ _SETS = {
     "mcgan_synthetic": _Set("mcgan_synthetic", _read_mcgan, _MASSES, ("train",), origin="synthetic"),
     "alzheimer": _Set("alzheimer", _read_alzheimer, _ALZHEIMER, ("train", "test")),
     "ham10000": _Set("ham10000", _read_ham10000, _HAM10000, ("train", "test"), subject_kind="lesion"),
+    "ham10000_melanoma": _Set("ham10000", _read_melanoma, ("benign", "melanoma"), subject_kind="lesion"),
     "vertebra_units": _Set("vertebra_units", _read_vertebrae, _LEVELS, subject_kind="exam"),
     "vertebra_units_elsewhere": _Set(
         "vertebra_units", _read_vertebrae_elsewhere, _LEVELS, ("test",), subject_kind="exam"
