@@ -163,9 +163,11 @@ def test_all_names_of_the_chapters_are_there():
     expected = (
         "digits mnist octmnist organamnist pneumoniamnist breastmnist retinamnist bloodmnist dermamnist "
         "pneumoniamnist_parts mednist28 mednist cbis_ddsm bcdr mcgan_synthetic alzheimer ham10000 "
+        "ham10000_melanoma isic2019 isic2020 melanoma_external_256 "
         "vertebra_units vertebra_units_elsewhere vertebra_units_confounded pgan_synthetic phantom_grey28 "
         "phantom_mammography phantom_mammography_elsewhere phantom_vertebrae phantom_spines "
-        "phantom_spines_elsewhere phantom_dermoscopy phantom_brain"
+        "phantom_spines_elsewhere phantom_dermoscopy phantom_dermoscopy_framed "
+        "phantom_brain"
     )
     assert set(expected.split()) == set(names())
 
@@ -273,6 +275,211 @@ def test_in_the_confounded_set_the_scanner_tells_the_thorax(place):
         assert set(source[both.labels == 1]) == {"VB2", "VB3"}
         assert (both.images[source == "VB3"] == own.images).all()
         assert both.labels[source == "VB3"].tolist() == [1, 1, 1, 2, 2] * exams[1]
+
+
+# --- skin lesions -------------------------------------------------------------------------------------------
+
+
+def _jpeg(seed, size=(40, 30)):
+    """A smooth random picture of `size` (width, height), other for every seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+    out = BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _at_256(content):
+    """The slow twin: black bars by pasting, then Pillow's own resizing of the colour image."""
+    image = Image.open(BytesIO(content)).convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square.resize((256, 256), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def _csv(*rows):
+    return "\n".join([",".join(map(str, row)) for row in rows]).encode()
+
+
+_ISIC_NAMES = [f"ISIC_{i:04}" for i in range(40)]
+_ISIC_JPEGS = {name: _jpeg(i, (40, 30) if i % 2 else (20, 50)) for i, name in enumerate(_ISIC_NAMES)}
+_ISIC_TARGETS = {name: int(i % 5 == 0) for i, name in enumerate(_ISIC_NAMES)}
+
+
+def _patients(unknown=()):
+    """Two images a patient; those at `unknown` rows name nobody, by turns as an empty field and as nan."""
+    named = [f"IP_{i // 2:02}" for i in range(len(_ISIC_NAMES))]
+    return [("", "nan")[i % 2] if i in unknown else patient for i, patient in enumerate(named)]
+
+
+def _isic2020(folder="train/", leave_out=(), columns=("image_name", "patient_id", "sex", "target"), targets=None):
+    """The two files of isic2020, with 40 images of 20 patients."""
+    targets = _ISIC_TARGETS | (targets or {})
+    rows = [(name, who, "female", targets[name]) for name, who in zip(_ISIC_NAMES, _patients())]
+    members = {f"{folder}{name}.jpg": _ISIC_JPEGS[name] for name in _ISIC_NAMES if name not in leave_out}
+    return {
+        "ISIC_2020_Training_JPEG.zip": _zip(members | {"LICENSE.txt": b"CC BY-NC"}),
+        "ISIC_2020_Training_GroundTruth.csv": _csv(columns, *rows),
+    }
+
+
+def _isic2019(classes="MEL NV BCC AK BKL DF VASC SCC UNK", labels=None, without_metadata=()):
+    """The three files of isic2019: image i is of class i mod 8, and every third one names no lesion."""
+    labels = {name: [float(k == i % 8) for k in range(9)] for i, name in enumerate(_ISIC_NAMES)} | (labels or {})
+    lesions = ["" if i % 3 == 0 else f"BCN_{i // 2:02}" for i in range(len(_ISIC_NAMES))]
+    known = [(name, lesion, "torso") for name, lesion in zip(_ISIC_NAMES, lesions) if name not in without_metadata]
+    members = {f"ISIC_2019_Training_Input/{name}.jpg": content for name, content in _ISIC_JPEGS.items()}
+    return {
+        "ISIC_2019_Training_Input.zip": _zip(members),
+        "ISIC_2019_Training_GroundTruth.csv": _csv(
+            ("image", *classes.split()), *((name, *labels[name]) for name in _ISIC_NAMES)
+        ),
+        "ISIC_2019_Training_Metadata.csv": _csv(("image", "lesion_id", "site"), *known[::-1]),
+    }
+
+
+def _external(unknown=range(0, 12), **changed):
+    """The one file of melanoma_external_256; its test folder holds another image under a name of the train folder."""
+    rows = [(name, who, _ISIC_TARGETS[name]) for name, who in zip(_ISIC_NAMES, _patients(unknown))]
+    members = {f"train/train/{name}.jpg": content for name, content in _ISIC_JPEGS.items()}
+    members |= {
+        "test/test/ISIC_0000.jpg": _jpeg(99),
+        "train_concat.csv": _csv(("image_name", "patient_id", "target"), *rows),
+    }
+    members = {name: content for name, content in (members | changed).items() if content is not None}
+    return {"melanoma-external-malignant-256.zip": _zip(members)}
+
+
+def _three_parts(name):
+    """The set's splits, once every image, label and pixel is found to be the planted one and no subject is shared."""
+    parts = [load(name, split) for split in ("train", "val", "test")]
+    pixel_name = {_at_256(content).tobytes(): image for image, content in _ISIC_JPEGS.items()}
+    names = [[pixel_name[image.tobytes()] for image in part.images] for part in parts]
+    assert sorted(name for of in names for name in of) == _ISIC_NAMES
+    subjects = [set(part.subjects) for part in parts]
+    assert sum(map(len, subjects)) == len(set().union(*subjects))
+    shares = np.array([len(of) for of in subjects]) / sum(map(len, subjects))
+    np.testing.assert_allclose(shares, (0.7, 0.1, 0.2), atol=0.03)
+    return parts, names
+
+
+def test_melanoma_of_ham10000_is_split_by_lesion(place):
+    rows = [(f"L{i // 2}", f"I{i:02}", ("mel", "nv", "bcc", "df")[i % 4]) for i in range(40)]
+    table = _csv(("lesion_id", "image_id", "dx"), *rows)
+    members = {f"train/{name}.jpg": _jpeg(i, (8, 8)) for i, (_, name, _) in enumerate(rows[:30])}
+    members |= {f"test/{name}.jpg": _jpeg(i, (8, 8)) for i, (_, name, _) in enumerate(rows[30:], 30)}
+    files = {"ham10000_128.zip": _zip(members), "HAM10000_metadata.csv": table}
+    place("ham10000", files | {"ISIC2018_Task3_Test_GroundTruth.csv": table})
+    parts = [load("ham10000_melanoma", split) for split in ("train", "val", "test")]
+    assert [len(set(part.subjects)) for part in parts] == [12, 3, 5]
+    assert set(parts[0].subjects) | set(parts[1].subjects) == {f"L{i}" for i in range(15)}
+    for part in parts:
+        assert part.classes == ("benign", "melanoma")
+        # a lesion of even number is melanoma first and nevus second; one of odd number is neither
+        assert [label for _, label in zip(part.subjects, part.labels)] == [
+            int(int(lesion[1:]) % 2 == 0 and i % 2 == 0) for i, lesion in enumerate(part.subjects)
+        ]
+
+
+def test_isic2020_is_resized_as_it_is_read_and_split_by_patient(place):
+    place("isic2020", _isic2020(), checksum=False)
+    parts, names = _three_parts("isic2020")
+    for part, of in zip(parts, names):
+        assert part.labels.tolist() == [_ISIC_TARGETS[name] for name in of]
+        assert part.subjects.tolist() == [f"IP_{_ISIC_NAMES.index(name) // 2:02}" for name in of]
+        assert (part.classes, part.subject_kind, part.origin) == (("benign", "melanoma"), "patient", "real")
+
+
+def test_isic2019_has_eight_classes_and_a_lesion_of_its_own_where_none_is_named(place):
+    place("isic2019", _isic2019(), checksum=False)
+    parts, names = _three_parts("isic2019")
+    for part, of in zip(parts, names):
+        rows = [_ISIC_NAMES.index(name) for name in of]
+        assert part.labels.tolist() == [row % 8 for row in rows]
+        assert part.subjects.tolist() == [f"BCN_{row // 2:02}" if row % 3 else _ISIC_NAMES[row] for row in rows]
+    assert parts[0].classes == ("mel", "nv", "bcc", "ak", "bkl", "df", "vasc", "scc")
+    assert parts[0].subject_kind == "lesion"
+
+
+def test_the_external_set_takes_its_own_folder_and_an_unknown_patient_for_a_subject(place):
+    place("melanoma_external_256", _external(), checksum=False)
+    parts, names = _three_parts("melanoma_external_256")
+    for part, of in zip(parts, names):
+        rows = [_ISIC_NAMES.index(name) for name in of]
+        assert part.labels.tolist() == [_ISIC_TARGETS[name] for name in of]
+        assert part.subjects.tolist() == [f"IP_{row // 2:02}" if row >= 12 else _ISIC_NAMES[row] for row in rows]
+
+
+def test_another_size_is_made_from_the_copy_at_256(place, monkeypatch):
+    place("isic2020", _isic2020(), checksum=False)
+    whole = load("isic2020", "val")
+
+    def again(*arguments):
+        raise AssertionError("the originals were decoded a second time")
+
+    monkeypatch.setattr(datasets, "_isic_split", again)
+    small = load("isic2020", "val", 32)
+    twins = [
+        np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((32, 32), Image.Resampling.BICUBIC))
+        for image in whole.images
+    ]
+    assert (small.images == np.stack(twins).transpose(0, 3, 1, 2)).all()
+    assert small.subjects.tolist() == whole.subjects.tolist()
+    assert load("isic2020", "val", 256).content_hash == whole.content_hash
+
+
+def test_originals_are_never_in_memory_together(place):
+    shape = (800, 600)
+    members = {f"train/{name}.jpg": _jpeg(i, shape) for i, name in enumerate(_ISIC_NAMES)}
+    place("isic2020", _isic2020() | {"ISIC_2020_Training_JPEG.zip": _zip(members)}, checksum=False)
+    files = {path.rsplit("/", 1)[-1]: local for path, local in datasets.fetch("isic2020").items()}
+    tracemalloc.start()
+    images, _, _ = datasets._read_isic2020(files, "train")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    original = 3 * shape[0] * shape[0]  # padded to a square
+    assert peak < images.nbytes + 3 * original < 0.5 * len(images) * original
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "sentence"),
+    [
+        ("isic2020", _isic2020(leave_out=["ISIC_0007"]), r"JPEG\.zip does not hold ISIC_0007\.jpg"),
+        (
+            "isic2020",
+            _isic2020(columns=("image_name", "patient", "sex", "target")),
+            "no column 'patient_id'; it has image",
+        ),
+        ("isic2020", _isic2020(targets={"ISIC_0003": 2}), "target of ISIC_0003 must be 0 or 1, but is '2'"),
+        ("isic2020", _isic2020(targets={"ISIC_0003": ""}), "target of ISIC_0003 must be 0 or 1, but is ''"),
+        ("isic2020", _isic2020() | {"ISIC_2020_Training_GroundTruth.csv": b"\xff\xfe"}, "is not a readable csv file"),
+        (
+            "isic2020",
+            _isic2020() | {"ISIC_2020_Training_GroundTruth.csv": b"image_name,patient_id,target\n"},
+            "GroundTruth.csv has no rows",
+        ),
+        (
+            "isic2020",
+            _isic2020() | {"ISIC_2020_Training_JPEG.zip": _zip({"a/X.jpg": _jpeg(0), "b/X.jpg": _jpeg(1)})},
+            r"holds X\.jpg twice: 'a/X\.jpg' and 'b/X\.jpg'",
+        ),
+        ("isic2019", _isic2019(classes="MEL NV BCC AK BKL DF VASC SQ UNK"), "no column 'SCC'; it has image, MEL"),
+        ("isic2019", _isic2019(labels={"ISIC_0004": [1, 1] + [0] * 7}), "ISIC_0004 marks 2 of the 8 classes, not one"),
+        ("isic2019", _isic2019(labels={"ISIC_0004": [0] * 8 + [1]}), "ISIC_0004 marks 0 of the 8 classes, not one"),
+        ("isic2019", _isic2019(labels={"ISIC_0004": [0.5] * 9}), "MEL of ISIC_0004 must be 0 or 1, but is '0.5'"),
+        ("isic2019", _isic2019(without_metadata=["ISIC_0009"]), "Metadata.csv has no row for image 'ISIC_0009'"),
+        ("melanoma_external_256", _external(**{"train_concat.csv": None}), "does not hold train_concat.csv"),
+        (
+            "melanoma_external_256",
+            _external(**{"train/train/ISIC_0000.jpg": None}),  # the one in test/test/ is another image
+            r"does not hold ISIC_0000\.jpg",
+        ),
+    ],
+)
+def test_skin_lesions_that_are_not_as_published_are_refused(place, name, files, sentence):
+    place(name, files, checksum=False)
+    with pytest.raises(DataError, match=sentence):
+        load(name)
 
 
 # --- pGAN's released images ---------------------------------------------------------------------------------

@@ -98,6 +98,20 @@ def test_no_subject_and_no_image_is_in_two_parts(name):
     assert sum(map(len, pixels)) == len(set().union(*pixels))
 
 
+def test_melanoma_of_ham10000_is_split_by_lesion():
+    """171 of the 1,512 test images are melanoma, as published; train and val are the 5,984 lesions of `train`."""
+    need("ham10000")
+    parts = [load("ham10000_melanoma", split) for split in ("train", "val", "test")]
+    assert [np.bincount(part.labels).tolist() for part in parts] == [[4394, 393], [1099, 98], [1341, 171]]
+    lesions = [set(part.subjects) for part in parts]
+    assert [len(of) for of in lesions] == [4787, 1197, 1223]
+    assert len(set().union(*lesions)) == 4787 + 1197 + 1223
+    whole = load("ham10000")
+    assert lesions[0] | lesions[1] == set(whole.subjects)
+    melanomas = set(whole.subjects[whole.labels == whole.classes.index("mel")])
+    assert {lesion for part in parts[:2] for lesion in part.subjects[part.labels == 1]} == melanomas
+
+
 def test_mnist_is_the_official_one_in_order():
     need("mnist")
     train = load("mnist")

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -64,6 +65,7 @@ class _Set:
     origin: str = "real"
     image_size: int | None = None
     slow: bool = True  # decoding takes longer than reading plain arrays, so it is done once
+    hours: bool = False  # so slow that every other size is made from the packed copy at `image_size`
 
 
 def _load_files(name, split, image_size):
@@ -74,6 +76,9 @@ def _load_files(name, split, image_size):
     files = {path.rsplit("/", 1)[-1]: local[path] for path in local}
 
     def read():
+        if wanted.hours and image_size != wanted.image_size:
+            kept = _load_files(name, split, wanted.image_size)
+            return _resized(kept.images, image_size), kept.labels, kept.subjects
         images, labels, subjects = wanted.read(files, split)
         if subjects is None:
             subjects = [f"{split}-{i}" for i in range(len(labels))]
@@ -102,10 +107,10 @@ def _packed(name, key, read):
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache_dir() / ".packed" / f"{name}-{digest}.npz"
     if not path.exists():
-        images, labels, subjects = read()
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(fresh, images=images, labels=labels, subjects=subjects)
+        # no name holds what was read: a set of gigabytes must not be in memory twice when the copy is opened
+        np.savez(fresh, **dict(zip(("images", "labels", "subjects"), read())))
         os.replace(fresh, path)
     arrays = read_npz(path)
     return arrays["images"], arrays["labels"], arrays["subjects"]
@@ -113,17 +118,19 @@ def _packed(name, key, read):
 
 def _resized(images, size):
     """(N, C, H, W) padded with black to a square and resized to `size`, bicubic with antialiasing as in
-    MedMNIST.
+    MedMNIST. One image at a time, so that a set of gigabytes is not copied on the way.
     """
     if not size or images.shape[2:] == (size, size):
         return images
     height, width = images.shape[2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    margins = ((0, 0), (0, 0), (top, side - height - top), (left, side - width - left))
-    planes = np.pad(images, margins).reshape(-1, side, side)
-    small = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes]
-    return np.stack(small).reshape(*images.shape[:2], size, size)
+    margins = ((0, 0), (top, side - height - top), (left, side - width - left))
+    small = np.empty((*images.shape[:2], size, size), np.uint8)
+    for i, image in enumerate(images):
+        for channel, plane in enumerate(np.pad(image, margins)):
+            small[i, channel] = Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)
+    return small
 
 
 # --- readers: (files by name, split) -> images uint8 (N, C, H, W), labels, subjects -----------------------
@@ -216,6 +223,127 @@ def _read_melanoma(files, split):
         rows = subject_split(lesions, (0.8, 0.2))[("train", "val").index(split)]
     labels = np.array(labels)[rows] == _HAM10000.index("mel")
     return images[rows], labels.astype(np.int64), np.array(lesions)[rows]
+
+
+def _read_isic2019(files, split):
+    """Images at 256 px, split 70, 10 and 20 % by lesion; an image whose lesion_id is empty is a lesion of its own."""
+    truth = _csv_rows(*_file(files, "ISIC_2019_Training_GroundTruth.csv"), ("image", *map(str.upper, _ISIC2019)))
+    known = _csv_rows(*_file(files, "ISIC_2019_Training_Metadata.csv"), ("image", "lesion_id"))
+    lesions = {row["image"]: row["lesion_id"] for row in known}
+    unknown = [row["image"] for row in truth if row["image"] not in lesions]
+    if unknown:
+        raise DataError(f"ISIC_2019_Training_Metadata.csv has no row for image {unknown[0]!r}.")
+    names, labels = [row["image"] for row in truth], [_one_hot(row, _ISIC2019) for row in truth]
+    subjects = [_subject(lesions[name], name) for name in names]
+    with open_zip(files["ISIC_2019_Training_Input.zip"]) as opened:
+        return _isic_split(opened, "", names, labels, subjects, split)
+
+
+def _read_isic2020(files, split):
+    """Images at 256 px, split 70, 10 and 20 % by patient; an image whose patient_id is empty is a subject of its
+    own.
+    """
+    rows = _csv_rows(*_file(files, "ISIC_2020_Training_GroundTruth.csv"), _ISIC_COLUMNS)
+    with open_zip(files["ISIC_2020_Training_JPEG.zip"]) as opened:
+        return _isic_split(opened, "", *_names_targets_patients(rows), split)
+
+
+def _read_melanoma_external(files, split):
+    """The StyleGAN2 paper's images, 256 px, split 70, 10 and 20 % by patient.
+
+    The paper's own split is by image (stratified, 80 and 20 %), so one patient's images stand on both of its sides.
+    Where `patient_id` is empty or "nan" nobody knows the patient: such an image is a subject of its own, and two of
+    them may show one person. Benign images are all from ISIC 2020 and most malignant ones are not.
+    """
+    (path,) = files.values()
+    with open_zip(path) as opened:
+        content = read_member(opened, _known(opened.namelist(), "train_concat.csv", path.name))
+        rows = _csv_rows(content, "train_concat.csv", _ISIC_COLUMNS)
+        return _isic_split(opened, "train/train/", *_names_targets_patients(rows), split)
+
+
+def _isic_split(opened, folder, names, labels, subjects, split):
+    """One split's images of a zip (N, 3, 256, 256), labels and subjects.
+
+    The originals reach 6000 x 4000 pixels, so each is brought to 256 px as soon as it is read, and only that is kept.
+    That all of `names` are in the zip is known before the first is decoded, because decoding takes hours.
+    """
+    rows = subject_split(subjects, (0.7, 0.1, 0.2))[("train", "val", "test").index(split)]
+    archive, members = Path(opened.filename).name, _jpegs(opened, folder)
+    members = [members[_known(members, f"{name}.jpg", archive)] for name in names]
+    images = np.empty((len(rows), 3, _ISIC_SIZE, _ISIC_SIZE), np.uint8)
+    for i, row in enumerate(rows):
+        colour = read_image(read_member(opened, members[row]), members[row], "RGB").transpose(2, 0, 1)
+        images[i] = _resized(colour[None], _ISIC_SIZE)[0]
+    return images, np.array(labels)[rows], np.array(subjects)[rows]
+
+
+def _jpegs(opened, folder):
+    """The zip's JPEGs below `folder` as {file's name: member}."""
+    found = {}
+    for member in opened.namelist():
+        if member.startswith(folder) and member.endswith(".jpg"):
+            name = member.rsplit("/", 1)[-1]
+            if name in found:
+                raise DataError(f"{Path(opened.filename).name} holds {name} twice: {found[name]!r} and {member!r}.")
+            found[name] = member
+    return found
+
+
+def _known(members, name, archive):
+    """`name`, once it is known to be among the `members`."""
+    if name not in members:
+        raise DataError(f"{archive} does not hold {name}, which is needed to read the set.")
+    return name
+
+
+def _file(files, name):
+    """A file's content and its name."""
+    return files[name].read_bytes(), name
+
+
+def _csv_rows(content, name, columns):
+    """The rows of a csv as dicts, once it is known to have rows and all of the `columns`."""
+    try:
+        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        rows, present = list(table), table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{name} is not a readable csv file: {error}.") from None
+    missing = [column for column in columns if column not in present]
+    if missing:
+        raise DataError(f"{name} has no column {missing[0]!r}; it has {', '.join(present) or 'none'}.")
+    if not rows:
+        raise DataError(f"{name} has no rows.")
+    return rows
+
+
+def _names_targets_patients(rows):
+    names = [row["image_name"] for row in rows]
+    labels = [_zero_or_one(row["target"], f"target of {row['image_name']}") for row in rows]
+    return names, labels, [_subject(row["patient_id"], row["image_name"]) for row in rows]
+
+
+def _subject(known, image):
+    """The patient or lesion; the image's own name where none is given (empty, or pandas' nan)."""
+    known = (known or "").strip()
+    return image if known.lower() in ("", "nan") else known
+
+
+def _one_hot(row, classes):
+    marks = [_zero_or_one(row[name.upper()], f"{name.upper()} of {row['image']}") for name in classes]
+    if sum(marks) != 1:
+        raise DataError(
+            f"The ground truth of {row['image']} marks {sum(marks)} of the {len(classes)} classes, not one."
+        )
+    return marks.index(1)
+
+
+def _zero_or_one(text, what):
+    """0 or 1 from "0", "1", "0.0" or "1.0"."""
+    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+    if text not in known:
+        raise DataError(f"The {what} must be 0 or 1, but is {text!r}.")
+    return known[text]
 
 
 def _read_vertebrae(files, split):
@@ -321,6 +449,10 @@ _MASSES = ("malignant", "benign")
 _MEDNIST = ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")
 _ALZHEIMER = ("MildDemented", "ModerateDemented", "NonDemented", "VeryMildDemented")
 _HAM10000 = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
+_ISIC2019 = ("mel", "nv", "bcc", "ak", "bkl", "df", "vasc", "scc")  # UNK has no training image
+_ISIC_COLUMNS = ("image_name", "patient_id", "target")
+_ISIC_SIZE = 256  # the StyleGAN2 paper's
+_MELANOMA = ("benign", "melanoma")
 _REGIONS = ("cervical", "thoracic", "lumbar")
 _LEVELS = ("L1-L2", "L3", "L4-L5")
 _REGION_OF = {"L1": 0, "L2": 0, "L3": 1, "L4": 2, "L5": 2}
@@ -357,7 +489,17 @@ _SETS = {
     "mcgan_synthetic": _Set("mcgan_synthetic", _read_mcgan, _MASSES, ("train",), origin="synthetic"),
     "alzheimer": _Set("alzheimer", _read_alzheimer, _ALZHEIMER, ("train", "test")),
     "ham10000": _Set("ham10000", _read_ham10000, _HAM10000, ("train", "test"), subject_kind="lesion"),
-    "ham10000_melanoma": _Set("ham10000", _read_melanoma, ("benign", "melanoma"), subject_kind="lesion"),
+    "ham10000_melanoma": _Set("ham10000", _read_melanoma, _MELANOMA, subject_kind="lesion"),
+    "isic2019": _Set("isic2019", _read_isic2019, _ISIC2019, subject_kind="lesion", image_size=_ISIC_SIZE, hours=True),
+    "isic2020": _Set("isic2020", _read_isic2020, _MELANOMA, subject_kind="patient", image_size=_ISIC_SIZE, hours=True),
+    "melanoma_external_256": _Set(
+        "melanoma_external_256",
+        _read_melanoma_external,
+        _MELANOMA,
+        subject_kind="patient",
+        image_size=_ISIC_SIZE,
+        hours=True,
+    ),
     "vertebra_units": _Set("vertebra_units", _read_vertebrae, _LEVELS, subject_kind="exam"),
     "vertebra_units_elsewhere": _Set(
         "vertebra_units", _read_vertebrae_elsewhere, _LEVELS, ("test",), subject_kind="exam"
@@ -376,6 +518,7 @@ _PHANTOMS = {
     "phantom_spines": (phantoms.spines, (960, 360, 360)),
     "phantom_spines_elsewhere": (phantoms.spines_elsewhere, (360, 120, 360)),
     "phantom_dermoscopy": (phantoms.dermoscopy, (800, 200, 400)),
+    "phantom_dermoscopy_framed": (phantoms.dermoscopy_framed, (800, 200, 400)),
     "phantom_brain": (phantoms.brain, (640, 160, 320)),
 }
 

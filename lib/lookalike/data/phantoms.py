@@ -239,6 +239,12 @@ def dermoscopy(n, seed=0, sites=1, split="all", image_size=64, frame_probability
     )
 
 
+def dermoscopy_framed(n, seed=0, sites=1, split="all", image_size=64) -> Phantoms:
+    """The lesions of `dermoscopy`, of which nine melanomas in ten and no benign lesion have a black frame."""
+    found = dermoscopy(n, seed, sites, split, image_size, frame_probability=(0.0, 0.9))
+    return dataclasses.replace(found, image_set=dataclasses.replace(found.image_set, name="phantom_dermoscopy_framed"))
+
+
 def brain(n, seed=0, sites=1, split="all", image_size=64, slices_per_subject=8) -> Phantoms:
     """Axial brain slices, (n, 1, 64, 64), four grades of atrophy; a subject's neighbouring slices are near-
     twins.

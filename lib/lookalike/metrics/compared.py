@@ -55,19 +55,19 @@ def measures_with_intervals(real, other, real_subjects=None, other_subjects=None
     rng, whole = np.random.default_rng(seed), set_measures(real, other)
     parts = []
     for _ in range(halves):
-        rows = _half(len(real), real_subjects, rng), _half(len(other), other_subjects, rng)
+        rows = half_rows(len(real), real_subjects, rng), half_rows(len(other), other_subjects, rng)
         parts.append(set_measures(real[rows[0]], other[rows[1]]))
     return {
         name: {
             "value": value,
-            "interval": _interval(name, value, [part[name] for part in parts]),
+            "interval": shrunk_interval(name, value, [part[name] for part in parts]),
             "direction": DIRECTIONS[name],
         }
         for name, value in whole.items()
     }
 
 
-def _half(count, subjects, rng):
+def half_rows(count, subjects, rng):
     """Rows of random subjects until about half of the rows are reached."""
     names, owner, sizes = np.unique(
         np.arange(count) if subjects is None else subjects, return_inverse=True, return_counts=True
@@ -78,7 +78,7 @@ def _half(count, subjects, rng):
     return np.flatnonzero(np.isin(owner, order[:taken]))
 
 
-def _interval(name, value, parts):
+def shrunk_interval(name, value, parts):
     half = stats.t.ppf(0.975, len(parts) - 1) * np.std(parts, ddof=1)
     low, high = RANGES.get(name, (-np.inf, np.inf))
     return [float(max(value - half, low)), float(min(value + half, high))]

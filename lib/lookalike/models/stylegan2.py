@@ -62,7 +62,7 @@ class Generator(nn.Module):
         """
         w = self.mapping(z, labels)
         if self.training:
-            self.w_mean.copy_(w.detach().float().mean(0).lerp(self.w_mean, TRACKING))
+            self.w_mean.copy_(w.detach().mean(0).lerp(self.w_mean, TRACKING))
         return w if truncation == 1 else self.w_mean.lerp(w, truncation)
 
     def synthesise(self, w, noise="random"):
@@ -87,7 +87,7 @@ class Generator(nn.Module):
 
     def noise(self, n, generator=None):
         """Standard normal latents (n, Z), drawn on the CPU so that a seed means the same on every device."""
-        return torch.randn(n, self.latent_dim, generator=generator).to(self.constant.device)
+        return torch.randn(n, self.latent_dim, generator=generator).to(self.constant)
 
     @torch.no_grad()
     def sample(self, labels, generator=None, truncation=1.0):
@@ -144,7 +144,8 @@ class Discriminator(nn.Module):
         x = self.from_rgb(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
-        x = torch.cat([x.float(), self._deviation(x.float())], 1)
+        x = _cast(x, None)
+        x = torch.cat([x, self._deviation(x)], 1)
         x = self.out(self.dense(self.last(x).flatten(1)))
         if self.label_mapping is None:
             return x[:, 0]
@@ -180,7 +181,7 @@ class Mapping(nn.Module):
         if self.embed is not None:
             if labels is None:
                 raise ValueError(f"These networks know {self.num_classes} classes: give labels (N,).")
-            parts.append(_normalise(self.embed(F.one_hot(labels, self.num_classes).float())))
+            parts.append(_normalise(self.embed(F.one_hot(labels, self.num_classes).to(self.embed.weight.dtype))))
         return self.layers(torch.cat(parts, 1))
 
 
@@ -194,8 +195,9 @@ class Linear(nn.Module):
         self.scale, self.lr, self.activation = lr / math.sqrt(before), lr, activation
 
     def forward(self, x):
-        x = F.linear(x, self.weight * self.scale, self.bias * self.lr)
-        return _activate(x) if self.activation else x
+        gain = GAIN if self.activation else 1.0
+        x = F.linear(x, self.weight * (self.scale * gain), self.bias * (self.lr * gain))
+        return _bend(x) if self.activation else x
 
 
 class Conv(nn.Module):
@@ -206,19 +208,19 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.randn(after, before, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(after)) if bias else None
         self.scale = 1 / math.sqrt(before * kernel**2)
-        self.down, self.activation, self.gain = down, activation, gain
+        self.down, self.activation, self.gain = down, activation, gain * (GAIN if activation else 1.0)
 
     def forward(self, x):
         kernel = self.weight.shape[-1]
-        weight = self.weight * self.scale * (1.0 if self.activation else self.gain)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = (self.weight * (self.scale * self.gain)).to(x.dtype)
+        bias = None if self.bias is None else (self.bias * self.gain).to(x.dtype)
         if not self.down:
-            x = F.conv2d(x, weight.to(x.dtype), bias, padding=kernel // 2)
+            x = F.conv2d(x, weight, bias, padding=kernel // 2)
         elif kernel == 1:
-            x = F.conv2d(halve(x), weight.to(x.dtype), bias)
+            x = F.conv2d(halve(x), weight, bias)
         else:
-            x = F.conv2d(blur(x, 2), weight.to(x.dtype), bias, stride=2)
-        return _activate(x, self.gain) if self.activation else x
+            x = F.conv2d(blur(x, 2), weight, bias, stride=2)
+        return _bend(x) if self.activation else x
 
 
 class StyledConv(nn.Module):
@@ -235,22 +237,22 @@ class StyledConv(nn.Module):
 
     def forward(self, x, w, noise):
         styles = self.style(w)
-        scales = demodulation(self.weight, styles)
+        scales = demodulation(self.weight, styles) * GAIN
         x = x * styles[:, :, None, None].to(x.dtype)
         if self.up:
             x = F.conv_transpose2d(x, self.weight.transpose(0, 1).to(x.dtype), stride=2)
             x = blur(x, 1, gain=4.0)
         else:
             x = F.conv2d(x, self.weight.to(x.dtype), padding=1)
-        shift = self._noise(noise, x) * self.strength + self.bias[:, None, None]
-        return _activate(torch.addcmul(shift.to(x.dtype), x, scales[:, :, None, None].to(x.dtype)))
+        x = torch.addcmul((self.bias * GAIN)[:, None, None].to(x.dtype), x, scales[:, :, None, None].to(x.dtype))
+        return _bend(x + (self._noise(noise, x) * (self.strength * GAIN)).to(x.dtype))
 
     def _noise(self, noise, x):
         if isinstance(noise, torch.Tensor):
             return noise
         if noise == "fixed":
             return self.fixed
-        return torch.randn(len(x), 1, self.side, self.side, device=x.device)
+        return torch.randn(len(x), 1, self.side, self.side, device=x.device, dtype=self.fixed.dtype)
 
 
 class ToRGB(nn.Module):
@@ -266,7 +268,7 @@ class ToRGB(nn.Module):
     def forward(self, x, w):
         styles = self.style(w) * self.scale
         x = x * styles[:, :, None, None].to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).float()
+        return _cast(F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype)), None)
 
 
 class _SynthesisBlock(nn.Module):
@@ -344,8 +346,9 @@ def layer_widths(image_size, base, max_channels):
     return {2**i: min(base // 2**i, max_channels) for i in range(2, doublings + 1)}
 
 
-def _activate(x, gain=1.0):
-    return F.leaky_relu(x, SLOPE) * (GAIN * gain)
+def _bend(x):
+    """Leaky ReLU; its gain of the root of 2 is in what comes before, for scaling passes through it."""
+    return F.leaky_relu(x, SLOPE)
 
 
 def _normalise(x):
@@ -357,7 +360,10 @@ def _half(dtype, side, image_size):
 
 
 def _cast(x, half):
-    return x.to(half or torch.float32)
+    """x in the layer's precision; doubles stay doubles where nothing is halved."""
+    if half is not None:
+        return x.to(half)
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _clamp(x, half):

@@ -22,6 +22,7 @@ from lookalike.files import write_json
 from lookalike.models.augment import PIPELINES, Strength, augment
 from lookalike.models.stylegan2 import Discriminator, Generator
 from lookalike.privacy.randomness import stream
+from lookalike.training.cells import load_samples
 from lookalike.training.checkpoint import Checkpoint, load_weights, save_weights
 
 PATH_DECAY, PATH_SHRINK = 0.01, 2  # of the running mean path length; batch / 2 images measure it
@@ -285,7 +286,7 @@ def train_lesions(
     accelerator = _processes()
     device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = chosen_images(data, split, image_size, only, rows)
-    how = _settings(image_size, batch_size, augment, settings)
+    how = settings_for(image_size, batch_size, augment, settings)
     shape = {"image_size": images.images.shape[-1], "channels": images.images.shape[1]}
     shape |= {"num_classes": 0 if only is not None else len(images.classes), "base": base, "max_channels": max_channels}
     own = {"w_dim": w_dim, "latent_dim": w_dim, "mapping_layers": mapping_layers}
@@ -354,12 +355,22 @@ def draw_lesions(generator_net, labels, samples, seed, truncation=1.0):
     return {"images": torch.as_tensor(datasets.to_uint8(images)), "labels": wanted}
 
 
-def draw_class(generator_net, label, n, seed, truncation=1.0):
-    """Images uint8 (n, C, S, S) of one class."""
-    return draw_lesions(generator_net, torch.tensor([label]), n, seed, truncation)["images"].numpy()
+def draw_balanced(folder, *, trained, per_class, seed, truncation=1.0):
+    """A stage: `per_class` images of each class from the GANs in the folders `trained`, in samples.safetensors.
+
+    One folder of a conditional GAN, or one per class, whose only label its own samples tell.
+    """
+    parts = []
+    for i, place in enumerate(trained):
+        made = load_networks(place)[0]
+        own = load_samples(place)[1]
+        classes = range(made.num_classes) if made.num_classes else [int(own[0])]
+        parts += [draw_lesions(made, torch.tensor([k]), per_class, seed + i, truncation) for k in classes]
+    save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, folder / "samples.safetensors")
+    return {"images": sum(len(part["labels"]) for part in parts)}
 
 
-def _settings(image_size, batch_size, augment, changed):
+def settings_for(image_size, batch_size, augment, changed):
     how = dataclasses.replace(auto(image_size), augment=augment)
     if batch_size is not None:
         how = dataclasses.replace(how, batch_size=batch_size, r1_gamma=None, ema_kimg=None)
