@@ -154,3 +154,10 @@ def test_strength_goes_on_from_its_state():
     assert other.p == strength.p
     with pytest.raises(ValueError, match="No logits"):
         other.adapt()
+
+
+def test_a_fixed_p_stays_and_still_tells_the_sign():
+    strength = ada.Strength(fixed=0.3)
+    strength.seen(torch.ones(64))
+    assert strength.adapt() == 1
+    assert strength.p == 0.3

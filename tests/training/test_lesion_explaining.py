@@ -162,10 +162,12 @@ def test_edges_are_counted_and_shown_apart_from_the_sure(tmp_path, monkeypatch):
     assert found["middle"]["edge"]["value"] == pytest.approx(middle, abs=1e-6)
 
 
-def test_a_margin_that_leaves_no_case_is_refused(tmp_path, monkeypatch):
+def test_a_margin_that_leaves_no_case_leaves_it_out(tmp_path, monkeypatch):
     monkeypatch.setattr(lesion_explaining.datasets, "load", load_few)
-    with pytest.raises(ValueError, match="No test image is edge"):
-        edges(tmp_path, data="few", image_size=16, shown=2, seed=0, margin=0.9, epochs=1, width=8)
+    found = edges(tmp_path, data="few", image_size=16, shown=2, seed=0, margin=0.9, epochs=1, width=8, steps=2)
+    assert found["edge"]["value"] == 0
+    assert found["middle"]["edge"] is None
+    assert not [name for name in load_edges(tmp_path) if name.startswith("edge")]
 
 
 # --- frames taken away ---------------------------------------------------------------------------------------

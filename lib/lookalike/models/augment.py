@@ -41,11 +41,11 @@ class Strength:
     """p, and the rule that moves it: up while the discriminator is too sure of real images, down otherwise (Sec. 2).
 
     `seen(logits)` takes note of logits of augmented real images; `adapt` moves p by batch * interval / (kimg * 1000)
-    towards a mean sign of `target`. p starts at 0 and has no upper bound.
+    towards a mean sign of `target`. p starts at 0 and has no upper bound. `fixed`: p stays there (the paper's Sec. 3).
     """
 
-    def __init__(self, target=0.6, kimg=500):
-        self.target, self.kimg, self.p = target, kimg, 0.0
+    def __init__(self, target=0.6, kimg=500, fixed=None):
+        self.target, self.kimg, self.fixed, self.p = target, kimg, fixed, fixed or 0.0
         self._signs, self._count = 0.0, 0
 
     def seen(self, logits):
@@ -59,7 +59,8 @@ class Strength:
             raise ValueError("No logits of real images were seen since the last step of p.")
         mean = self._signs / self._count
         step = self._count / (self.kimg * 1000)
-        self.p = max(0.0, self.p + math.copysign(step, mean - self.target) * (mean != self.target))
+        if self.fixed is None:
+            self.p = max(0.0, self.p + math.copysign(step, mean - self.target) * (mean != self.target))
         self._signs, self._count = 0.0, 0
         return mean
 

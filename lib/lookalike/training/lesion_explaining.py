@@ -124,8 +124,8 @@ def edges(folder, *, data, image_size, shown, seed, margin=MARGIN, epochs=12, wi
     Trained on the train split, read on the test split. Returns "images" of the test split; "edge", "wrong": shares with
     their 95 % intervals over subjects where the set knows them; "edge_by_class", shares by class name; and by kind,
     "edge" and "sure" (the surest right ones), at most `shown` each, "middle": the mean share of XRAI's positive heat
-    for the true class within half the image's half side, with its interval over images, and "middle_area", what even
-    heat gives. Writes edges.safetensors: see `load_edges`; no image is in it.
+    for the true class within half the image's half side, with its interval over images, None where no image is of that
+    kind; and "middle_area", what even heat gives. Writes edges.safetensors: see `load_edges`; no image is in it.
     """
     train, test = datasets.load(data, "train", image_size), datasets.load(data, "test", image_size)
     classifier = SmallNetwork(width, Training(epochs=epochs))
@@ -135,15 +135,13 @@ def edges(folder, *, data, image_size, shown, seed, margin=MARGIN, epochs=12, wi
     own, is_edge = found[np.arange(len(test)), test.labels], np.isin(np.arange(len(test)), edge)
     surest = np.argsort(-own, kind="stable")
     rows = {"edge": edge[:shown], "sure": surest[~(wrong | is_edge)[surest]][:shown]}
-    if absent := [kind for kind, of in rows.items() if not len(of)]:
-        raise ValueError(f"No test image is {' or '.join(absent)}: take another margin than {margin}, or more epochs.")
-    maps = {k: xrai(_softmax(network), test.images[r], test.labels[r], steps=steps) for k, r in rows.items()}
+    maps = {k: xrai(_softmax(network), test.images[r], test.labels[r], steps=steps) for k, r in rows.items() if len(r)}
     _save_edges(folder, rows, maps, own)
     middle = disc(image_size, 0.5)
     return {
         "images": len(test), "edge": _share_of(is_edge, test), "wrong": _share_of(wrong, test),
         "edge_by_class": {c: float(is_edge[test.labels == k].mean()) for k, c in enumerate(test.classes)},
-        "middle": {kind: _mean_of(heat_share(heat_maps, middle)) for kind, (heat_maps, _) in maps.items()},
+        "middle": {k: _mean_of(heat_share(maps[k][0], middle)) if k in maps else None for k in rows},
         "middle_area": float(middle.mean()),
     }  # fmt: skip
 
@@ -262,7 +260,7 @@ def _share_of(there, image_set):
 
 def _save_edges(folder, rows, maps, own):
     arrays = {}
-    for kind, which in rows.items():
+    for kind, which in ((kind, rows[kind]) for kind in maps):
         arrays |= {f"{kind}_rows": which, f"{kind}_probability": own[which]}
         arrays |= dict(zip((f"{kind}_maps", f"{kind}_masks"), maps[kind]))
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, Path(folder) / "edges.safetensors")
@@ -293,9 +291,10 @@ def frame_removal(
     Returns "threshold", "clean", "detector_auc" (phantoms, 1 is best); "framed", counts by class; "ways", rows by way:
     "direction" (SeFa's number from 1), "removed" (share of judged samples that became clean, with its exact 95 %
     interval), "score_before", "score_after", "distance" (mean, standard deviations), "inner_change" (mean absolute
-    difference within the inner disc, 0 to 1, lower is better), "class_kept" (likewise, whose predicted class stays,
-    by a classifier of real phantoms framed alike in both classes) and "probability_change" (mean, of melanoma); "left_out",
-    ways that need samples of both kinds and had none; "chosen", which removed most, the random one aside.
+    difference within the inner disc, 0 to 1, lower is better), "class_kept" (likewise a share, of those whose predicted
+    class stays, by a classifier of real phantoms framed alike in both classes) and "probability_change" (mean, of
+    melanoma); "left_out", ways that need samples of both kinds and had none; "chosen", which removed most, the random
+    one aside.
     "experiment", None for a generator of one class: rows by "trained_on" ("real", "framed": all samples; "deframed":
     the framed ones moved the chosen way; "majority": no training) and "tested_on", real phantoms of other patients with
     frames "as trained", "none" or "reversed": "accuracy", "balanced_accuracy", "auc", with 95 % intervals over

@@ -36,7 +36,7 @@ class LesionSettings:
 
     r1_gamma weighs the gradient penalty (None: 0.0002 S^2 / batch_size), ema_kimg is the half-life of the averaged
     generator in thousands of images (None: batch_size * 10 / 32), at most ema_rampup of the images seen. augment:
-    "none", "bg", "bgc"; ada_target, ada_kimg and ada_interval move its strength."""
+    "none", "bg", "bgc"; ada_target, ada_kimg and ada_interval move its strength, unless fixed_p holds it."""
 
     batch_size: int = 32
     lr: float = 0.0025
@@ -47,6 +47,7 @@ class LesionSettings:
     ada_target: float = 0.6
     ada_kimg: float = 500
     ada_interval: int = 4
+    fixed_p: float | None = None
     path_weight: float = 2.0
     path_interval: int = 4
     r1_interval: int = 16
@@ -100,7 +101,7 @@ class LesionTraining:
                 ("discriminator", self.discriminator, s.r1_interval),
             )
         }
-        self.strength = Strength(s.ada_target, s.ada_kimg)
+        self.strength = Strength(s.ada_target, s.ada_kimg, s.fixed_p)
         self.path_mean = torch.zeros((), device=self.images.device)
 
     @property
