@@ -17,11 +17,16 @@ from lookalike import paths
 ROOT = paths.project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
-PINS = {
-    canonicalize_name(line.split("==")[0]): line.split("==")[1].split(";")[0].strip()
-    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    if re.match(r"[A-Za-z0-9]", line)
-}
+
+
+def pins(name):
+    """{package: version} of a lock."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    found = [line.split(";")[0].strip().split("==") for line in lines if re.match(r"[A-Za-z0-9]", line)]
+    return {canonicalize_name(package): version for package, version in found}
+
+
+PINS, FEDERATED_PINS = pins("constraints.txt"), pins("constraints-federated.txt")
 
 
 def pip_lines():
@@ -31,7 +36,9 @@ def pip_lines():
 
 
 def all_requirements():
-    extras = [line for group in PROJECT["optional-dependencies"].values() for line in group]
+    """Those of the one lock; Flower asks for other versions of the command line's packages and has its own."""
+    groups = PROJECT["optional-dependencies"]
+    extras = [line for name, group in groups.items() if name != "federated" for line in group]
     return [Requirement(line) for line in PROJECT["dependencies"] + extras]
 
 
@@ -76,3 +83,13 @@ def test_every_direct_dependency_is_pinned_within_its_range(requirement):
 
 def test_torch_and_torchvision_belong_together():
     assert (PINS["torch"], PINS["torchvision"]) == ("2.14.1", "0.29.1")
+
+
+@pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["federated"])
+def test_flowers_own_lock_holds_the_package_too(line):
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(FEDERATED_PINS[canonicalize_name(requirement.name)])
+
+
+def test_both_locks_have_the_same_torch():
+    assert [FEDERATED_PINS[name] for name in ("torch", "torchvision")] == ["2.14.1", "0.29.1"]

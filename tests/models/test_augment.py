@@ -161,3 +161,18 @@ def test_a_fixed_p_stays_and_still_tells_the_sign():
     strength.seen(torch.ones(64))
     assert strength.adapt() == 1
     assert strength.p == 0.3
+
+
+def test_the_matrices_are_padding_zero_stuffing_and_convolution():
+    image, margin = torch.randn(1, 1, 9, 9), 5
+    padded = torch.nn.functional.pad(image, (margin,) * 4, mode="reflect")[0, 0]
+    stuffed = torch.zeros(38, 38)
+    stuffed[::2, ::2] = padded
+    h = np.array(ada.SYM6)
+    slow = np.apply_along_axis(lambda line: np.convolve(line, h)[5 : 5 + 38], 0, stuffed.numpy())
+    slow = np.apply_along_axis(lambda line: np.convolve(line, h)[5 : 5 + 38], 1, slow)
+    up = ada._up(9, margin)
+    assert torch.allclose(up @ image[0, 0] @ up.T, torch.tensor(slow).float(), atol=1e-5)
+    line = torch.randn(28)
+    correlated = [float(line[2 * i : 2 * i + 12].double() @ torch.tensor(h)) for i in range(9)]
+    assert torch.allclose(ada._down(9) @ line, torch.tensor(correlated), atol=1e-5)

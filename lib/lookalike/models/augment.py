@@ -9,6 +9,7 @@ orthogonal wavelet (symlet 6): where nothing moves the image comes back exactly.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -99,14 +100,16 @@ def move(images, matrices):
     """images (N, C, S, S) moved by matrices (N, 3, 3) of `draw_moves`; edges are mirrored, by one image at most."""
     n, side = len(images), images.shape[-1]
     margin = _margin(matrices, side)
-    wide = _filter_up(F.pad(images, (margin,) * 4, mode="reflect"))
+    up = _up(side, margin).to(images)
+    wide = up @ images @ up.T
     # output positions at twice the side, as many as the filter on the way down reads
     reach = TAPS // 2 - 1
     line = (torch.arange(2 * side + 2 * reach, device=images.device) - reach - 0.5) / 2 - (side - 1) / 2
     across, down = line.expand(len(line), -1), line[:, None].expand(-1, len(line))
     places = torch.stack([across, down, torch.ones_like(across)], -1).reshape(1, -1, 3) @ matrices.mT[:, :, :2]
     grid = places.view(n, len(line), len(line), 2) * (2 / (side + 2 * margin))
-    return _filter_down(sample(wide, grid.to(wide)))
+    down = _down(side).to(images)
+    return down @ sample(wide, grid.to(wide)) @ down.T
 
 
 def _margin(matrices, side):
@@ -152,23 +155,29 @@ def _translation(by):
 # --- sampling -----------------------------------------------------------------------------------------------
 
 
-def _filter_up(images):
-    """Twice the side: image pixel i becomes the neighbourhood of position 2 i + 1/2."""
-    kernel, before = _wavelet(images), TAPS // 2 - 1
-    tall = {"stride": (2, 1), "padding": (before, 0), "groups": images.shape[1]}
-    wide = {"stride": (1, 2), "padding": (0, before), "groups": images.shape[1]}
-    images = F.conv_transpose2d(images, kernel[:, :, :, None], **tall)
-    return F.conv_transpose2d(images, kernel[:, :, None, :], **wide)
+@lru_cache(maxsize=64)
+def _up(side, margin):
+    """(2 (side + 2 margin), side): mirrors a line by `margin` and filters it to twice the length.
+
+    Pixel i becomes the neighbourhood of position 2 i + 1/2. As one matrix, for images are small: some five times faster
+    on a CPU than padding and a convolution with three groups.
+    """
+    line = torch.arange(-margin, side + margin).abs()
+    mirrored = F.one_hot(torch.minimum(line, 2 * (side - 1) - line), side).double()
+    stuffed = torch.zeros(2 * len(mirrored) + TAPS - 2, side, dtype=torch.double)
+    for tap, weight in enumerate(SYM6):
+        stuffed[tap : tap + 2 * len(mirrored) : 2] += weight * mirrored
+    before = TAPS // 2 - 1
+    return stuffed[before : before + 2 * len(mirrored)].float()
 
 
-def _filter_down(images):
-    kernel = _wavelet(images)
-    images = F.conv2d(images, kernel[:, :, :, None], stride=(2, 1), groups=images.shape[1])
-    return F.conv2d(images, kernel[:, :, None, :], stride=(1, 2), groups=images.shape[1])
-
-
-def _wavelet(images):
-    return torch.tensor(SYM6, device=images.device, dtype=images.dtype).repeat(images.shape[1], 1, 1)
+@lru_cache(maxsize=64)
+def _down(side):
+    """(side, 2 side + TAPS - 2): filters a line and keeps every second position."""
+    rows = torch.zeros(side, 2 * side + TAPS - 2)
+    for i in range(side):
+        rows[i, 2 * i : 2 * i + TAPS] = torch.tensor(SYM6)
+    return rows
 
 
 def sample(images, grid):
