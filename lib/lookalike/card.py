@@ -91,14 +91,14 @@ def check_drawing(draw, restricted):
 
 def markdown(document):
     """The card as Markdown."""
-    return _template("card.md.jinja", escape=False).render(**_words(document))
+    return template("card.md.jinja", escape=False).render(**_words(document))
 
 
 def html(document, pairs=()):
     """The card as one page of HTML; `pairs`: (released image, training image) of the worst records, in their order."""
     check_drawing(bool(pairs), any(described["restricted"] for described in document["sets"].values()))
-    drawn = [(_png(released), _png(training)) for released, training in pairs]
-    return _template("card.html.jinja", escape=True).render(**_words(document), pairs=drawn, svg=_interval_svg)
+    drawn = [(png(released), png(training)) for released, training in pairs]
+    return template("card.html.jinja", escape=True).render(**_words(document), pairs=drawn, svg=_interval_svg)
 
 
 def tables(document):
@@ -128,7 +128,7 @@ def _words(document):
     return {"d": document, "names": NAMES, "answer": ANSWERS[document["verdict"]], "num": _number, "span": _span}
 
 
-def _template(name, escape):
+def template(name, escape):
     environment = Environment(
         autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -146,7 +146,7 @@ def _span(interval):
     return "–" if interval is None else f"{_number(interval[0])} to {_number(interval[1])}"
 
 
-def _png(image):
+def png(image):
     """An image (C, H, W) as a data URL, enlarged without smoothing; of other than 1 or 3 channels the middle one."""
     image = image if image.shape[0] in (1, 3) else image[image.shape[0] // 2][None]
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0)).squeeze()

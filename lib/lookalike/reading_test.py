@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lookalike.card import _png, _template
+from lookalike.card import png, template
 from lookalike.files import write_atomically
 from lookalike.metrics.intervals import clopper_pearson
 
@@ -46,11 +46,11 @@ def write(path, real, synthetic, seed, title, per_side=100, labels=None, restric
     document = {
         "title": title,
         "id": hashlib.sha256(images.tobytes()).hexdigest()[:16],
-        "images": [_png(image) for image in images],
+        "images": [png(image) for image in images],
         "hidden": _hide(truths, key),
         "key": key,
     }
-    page = _template("reading_test.html.jinja", escape=True).render(d=document).encode()
+    page = template("reading_test.html.jinja", escape=True).render(d=document).encode()
     write_atomically(Path(path), page)
     return {"images": len(images), "per_side": per_side, "id": document["id"], "bytes": len(page)}
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -256,3 +260,72 @@ def test_balanced_sets_come_from_one_gan_or_from_one_per_class(tmp_path):
         images, labels = load_samples(tmp_path / name)
         assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
         assert len({image.tobytes() for image in images}) == 6
+
+
+PROCESS = """
+import sys, hashlib
+from pathlib import Path
+import torch
+from lookalike.training import lesions
+
+folder = Path(sys.argv[1])
+seen = []
+original = lesions.LesionTraining._real
+def noted(self, n):
+    images, labels = original(self, n)
+    seen.append((len(images), hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]))
+    return images, labels
+lesions.LesionTraining._real = noted
+kept = {}
+run_on = lesions.train_on
+def watched(training, *rest):
+    run_on(training, *rest)
+    weights = [w.detach().flatten() for w in training.generator.parameters()]
+    kept.update(weights=torch.cat(weights), p=training.augment_p)
+lesions.train_on = watched
+lesions.train_lesions(
+    folder, data="phantom_dermoscopy", image_size=16, kimg=0.04, seed=0, samples=4, batch_size=8, base=32,
+    max_channels=2, w_dim=4, settings={"ada_kimg": 0.05},
+)
+digest = hashlib.sha256(kept["weights"].numpy().tobytes()).hexdigest()[:16]
+print("RESULT", digest, kept["p"], seen[0][0], seen[0][1])
+"""
+
+
+def test_two_processes_train_one_network_on_their_own_images(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    started = [
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outcomes = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outcomes
+    first, second = (
+        next(line for line in out.splitlines() if line.startswith("RESULT")).split() for out, _ in outcomes
+    )  # fmt: skip
+    assert first[1:3] == second[1:3], "weights and p are the same everywhere"
+    assert first[3] == second[3] == "4", "each sees its share of a batch of 8"
+    assert first[4] != second[4], "of other images"
+    assert load_samples(tmp_path)[0].shape == (4, 3, 16, 16)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    class Three:
+        num_processes = 3
+
+    torch.manual_seed(0)
+    nets = Generator(8, 3, 2, 8, 8, **TINY), Discriminator(8, 3, 2, **TINY)
+    with pytest.raises(ValueError, match="3 processes cannot share a batch of 8"):
+        lesions.LesionTraining(
+            *nets, torch.zeros(9, 3, 8, 8), torch.zeros(9).long(), lesions.LesionSettings(8), accelerator=Three()
+        )

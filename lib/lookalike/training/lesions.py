@@ -73,13 +73,17 @@ class LesionTraining:
 
     images (N, C, S, S) in [-1, 1] and labels (N,); an unconditional generator reads no labels. `random`: a generator on
     the CPU for batches, labels and latents; noise maps and augmentation draw from torch's global stream. `accelerator`:
-    of Accelerate, where several processes train one network: each runs its share of the batch, gradients are averaged.
+    of Accelerate, where several processes train one network: each runs its share of the batch on images that it draws
+    itself (its `random` must differ), gradients, path lengths and signs are shared.
     Attributes: generator, discriminator, ema (the averaged generator), optimizers, augment_p, path_mean, images_seen.
     """
 
     def __init__(
         self, generator, discriminator, images, labels, settings, generator_ema=None, random=None, accelerator=None
     ):  # fmt: skip
+        processes = accelerator.num_processes if accelerator else 1
+        if settings.batch_size % processes:
+            raise ValueError(f"{processes} processes cannot share a batch of {settings.batch_size} evenly.")
         if len(images) < settings.batch_size:
             raise ValueError(f"{len(images)} images are fewer than a batch of {settings.batch_size}.")
         self.generator, self.discriminator, self.settings = generator.train(), discriminator.train(), settings
@@ -137,7 +141,7 @@ class LesionTraining:
     def _path_step(self):
         z, wanted = self._latents(max(1, self._share // PATH_SHRINK))
         lengths = path_lengths(self.generator, self._mixed(z, wanted))
-        self.path_mean = self.path_mean.lerp(lengths.detach().mean(), PATH_DECAY)
+        self.path_mean = self.path_mean.lerp(self._shared(lengths.detach().mean()), PATH_DECAY)
         loss = (lengths - self.path_mean).square().mean()
         self._step("generator", loss * self.settings.path_weight * self.settings.path_interval)
 
@@ -147,7 +151,7 @@ class LesionTraining:
         on_made = self._judge(made, wanted)
         images, labels = self._real(self._share)
         on_real = self._judge(images, labels)
-        self.strength.seen(on_real)
+        self.strength.seen(self.accelerator.gather(on_real.detach()) if self.accelerator else on_real)
         loss = F.softplus(on_made).mean() + F.softplus(-on_real).mean()
         self._step("discriminator", loss)
         self.losses["discriminator"].append(float(loss.detach()))
@@ -206,10 +210,13 @@ class LesionTraining:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for weight in (w for group in optimizer.param_groups for w in group["params"] if w.grad is not None):
-            if self.accelerator:
-                weight.grad = self.accelerator.reduce(weight.grad, "mean")
+            weight.grad = self._shared(weight.grad)
             torch.nan_to_num(weight.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=weight.grad)
         optimizer.step()
+
+    def _shared(self, value):
+        """A tensor's mean over the processes."""
+        return self.accelerator.reduce(value, "mean") if self.accelerator else value
 
     @torch.no_grad()
     def _average(self):
@@ -286,25 +293,29 @@ def train_lesions(
     """
     accelerator = _processes()
     device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank = accelerator.process_index if accelerator else 0
     images = chosen_images(data, split, image_size, only, rows)
     how = settings_for(image_size, batch_size, augment, settings)
     shape = {"image_size": images.images.shape[-1], "channels": images.images.shape[1]}
     shape |= {"num_classes": 0 if only is not None else len(images.classes), "base": base, "max_channels": max_channels}
     own = {"w_dim": w_dim, "latent_dim": w_dim, "mapping_layers": mapping_layers}
-    write_json(folder / "networks.json", {"shape": shape, "generator": own})
     precision = {"half": torch.bfloat16 if half else None}
     torch.manual_seed(seed)
     nets = Generator(**shape, **own, **precision).to(device), Discriminator(**shape, **precision).to(device)
     labels = torch.as_tensor(images.labels).to(device)
+    if rank:
+        torch.manual_seed(seed + rank)
     training = LesionTraining(
-        *nets, datasets.as_tensor(images).to(device), labels, how, random=stream(seed, "training"),
-        accelerator=accelerator,
+        *nets, datasets.as_tensor(images).to(device), labels, how,
+        random=stream(seed, f"training {rank}" if rank else "training"), accelerator=accelerator,
     )  # fmt: skip
     iterations = math.ceil(kimg * 1000 / how.batch_size)
     train_on(training, iterations, Checkpoint(folder / "checkpoint"))
-    save_weights(folder / "weights.safetensors", training.ema)
-    save_weights(folder / "discriminator.safetensors", training.discriminator)
-    save_file(draw_lesions(training.ema, labels, samples, seed, truncation), folder / "samples.safetensors")
+    if not rank:
+        write_json(folder / "networks.json", {"shape": shape, "generator": own})
+        save_weights(folder / "weights.safetensors", training.ema)
+        save_weights(folder / "discriminator.safetensors", training.discriminator)
+        save_file(draw_lesions(training.ema, labels, samples, seed, truncation), folder / "samples.safetensors")
     return {
         "images": len(images), "iterations": iterations, "images_seen": training.images_seen, "p": training.augment_p,
         "path_mean": float(training.path_mean), "settings": dataclasses.asdict(how),
@@ -314,13 +325,20 @@ def train_lesions(
 
 
 def train_on(training, iterations, checkpoint=None):
-    """Runs up to `iterations` in all, and saves some twenty times on the way; a killed training goes on."""
+    """Runs up to `iterations` in all, and saves some twenty times on the way; a killed training goes on.
+
+    Of several processes the first one saves. Going on, the others draw anew, or all would draw what it draws.
+    """
+    rank = training.accelerator.process_index if training.accelerator else 0
     if checkpoint:
         training.restore(checkpoint)
+        if rank:
+            torch.manual_seed(torch.initial_seed() + training.iterations)
+            training.random = stream(rank, f"from {training.iterations}")
     part = max(1, math.ceil(iterations / CHECKPOINTS))
     while training.iterations < iterations:
         training.run(min(part, iterations - training.iterations))
-        if checkpoint:
+        if checkpoint and not rank:
             training.save(checkpoint)
 
 
