@@ -1,6 +1,6 @@
 """A step of StyleGAN2 beside the grouped-convolution form and beside the plainest correct form, as ratios of one run.
 
-    python benchmarks/stylegan2_step.py [--sides 32 64] [--rounds 3]
+    python benchmarks/stylegan2_step.py [--sides 32 64] [--rounds 8]
 
 A step is what an iteration costs on average: generator, discriminator, a quarter of the path length and a sixteenth of
 R1; CPU seconds of the process, the least of interleaved rounds. All three forms share weights and must agree in their
@@ -161,11 +161,11 @@ def measure(side, rounds):
         assert (image - shown["ours"][0]).abs().max() < 1e-3 * shown["ours"][0].abs().max(), name
         assert torch.allclose(logits, shown["ours"][1], atol=1e-3), name
     least = {name: {} for name in shown}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, found in least.items():
+    for i in range(rounds + 1):  # the first warms up; the order turns round, or the last would always run hottest
+        for name in list(least)[:: 1 if i % 2 else -1]:
             with form(name):
                 for call in phases(made, judge, images):
-                    found.setdefault(call.__name__, []).append(cpu_seconds(call))
+                    least[name].setdefault(call.__name__, []).append(cpu_seconds(call))
     often = {call.__name__: share for call, share in phases(made, judge, images).items()}
     step = {name: sum(min(times[1:]) * often[part] for part, times in of.items()) for name, of in least.items()}
     return {
@@ -177,7 +177,7 @@ def measure(side, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps([measure(side, args.rounds) for side in args.sides], indent=1))

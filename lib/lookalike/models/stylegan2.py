@@ -245,7 +245,7 @@ class StyledConv(nn.Module):
         else:
             x = F.conv2d(x, self.weight.to(x.dtype), padding=1)
         x = torch.addcmul((self.bias * GAIN)[:, None, None].to(x.dtype), x, scales[:, :, None, None].to(x.dtype))
-        return _bend(x + (self._noise(noise, x) * (self.strength * GAIN)).to(x.dtype))
+        return _bend(x.add_((self._noise(noise, x) * (self.strength * GAIN)).to(x.dtype)))
 
     def _noise(self, noise, x):
         if isinstance(noise, torch.Tensor):
@@ -347,8 +347,8 @@ def layer_widths(image_size, base, max_channels):
 
 
 def _bend(x):
-    """Leaky ReLU; its gain of the root of 2 is in what comes before, for scaling passes through it."""
-    return F.leaky_relu(x, SLOPE)
+    """Leaky ReLU, in place; its gain of the root of 2 is in what comes before, for scaling passes through it."""
+    return F.leaky_relu(x, SLOPE, inplace=True)
 
 
 def _normalise(x):
