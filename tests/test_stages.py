@@ -234,6 +234,40 @@ def test_worker_that_dies_is_a_sentence(book):
         start().stages(vanish, {"a": {}, "b": {}}, workers=2)
 
 
+def worker_pids(run, names="ab", **kwargs):
+    run.stages(draw, {name: kwargs for name in names}, workers=2)
+    return {(run.stage_folder(name) / "pid").read_text() for name in names}
+
+
+def test_workers_stay_for_the_next_call_and_end_with_the_run(book):
+    run = start()
+    first, second = worker_pids(run), worker_pids(run, "cdefgh", scale=2.0)
+    assert first & second
+    assert len(first | second) <= 2
+    assert any(alive(pid) for pid in first)
+    run.save()
+    assert not any(alive(pid) for pid in first | second)
+
+
+@pytest.mark.parametrize("change", ["environment", "folder"])
+def test_workers_of_another_environment_are_not_used_again(book, monkeypatch, tmp_path, change):
+    run = start()
+    first = worker_pids(run)
+    monkeypatch.setenv("LOOKALIKE_TEST", "1") if change == "environment" else monkeypatch.chdir(tmp_path)
+    assert not first & worker_pids(run, "cd")
+    run.save()
+
+
+def test_after_a_failure_the_next_call_has_new_workers(book):
+    run = start()
+    first = worker_pids(run)
+    with pytest.raises(results.StageError, match="no images"):
+        run.stages(fail, {"bad": {}, "worse": {}}, workers=2)
+    assert wait_until(lambda: not any(alive(pid) for pid in first), 30)
+    assert worker_pids(run, "cd")
+    run.save()
+
+
 def test_workers_do_not_see_main(monkeypatch):
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "__file__", "chapter.py", raising=False)

@@ -37,7 +37,7 @@ from lookalike.compare import (
 from lookalike.files import ResultsError, hold_lock, locked, read_json, write_json
 from lookalike.keep import keep
 from lookalike.provenance import library_digest, peak_memory, provenance
-from lookalike.stages import Stage, StageError, check_name, execute_all, execute_one, seed_everything
+from lookalike.stages import Stage, StageError, check_name, close_workers, execute_all, execute_one, seed_everything
 
 __all__ = [
     "Comparison",
@@ -269,6 +269,7 @@ class Run:
 
     def save(self) -> None:
         """Writes run.json as finished; the run's last word."""
+        close_workers()
         record = self.record(finished=True)
         write_json(self.folder / "run.json", record)
         count, seconds = len(self._metrics), record["seconds"]

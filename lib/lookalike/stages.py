@@ -8,6 +8,7 @@ it draws. A stage that reads another's folder counts as changed when that one do
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -183,23 +185,51 @@ def execute_all(stages: list[Stage], workers: int, finished: Callable[[Stage, di
         for stage in stages:
             finished(stage, _named(stage, lambda stage=stage: _execute_logged(stage)))
         return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(workers, len(stages)), multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)
-    )
-    try:
+    with _borrowed_pool(workers) as pool:
         with _spawn_settings():
             pending = {pool.submit(_execute_logged, stage): stage for stage in stages}
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 stage = pending.pop(future)
                 finished(stage, _named(stage, future.result))
+
+
+_kept: dict[tuple, ProcessPoolExecutor] = {}  # at most one, under what its workers were started with
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.clear)  # the parent's workers
+
+
+@contextlib.contextmanager
+def _borrowed_pool(workers: int):
+    """A pool whose workers stay for the next call: starting one costs as long as many a stage (import of torch).
+
+    They stay only for a call that would start the same: as many workers, the same environment and folder. A call
+    that fails or is interrupted kills them. Outside the main thread nothing is kept (`_start_worker` says why).
+    """
+    main = threading.current_thread() is threading.main_thread()
+    key = (workers, os.getcwd(), tuple(sys.path), tuple(sorted(os.environ.items())))
+    if not main or key not in _kept:
+        close_workers()
+    pool = _kept.pop(key, None) or ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)
+    )
+    try:
+        yield pool
     except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
+        for process in list((pool._processes or {}).values()):
             process.kill()  # shutting the pool down would wait for hours of work that nobody reads
-        raise
-    finally:
         pool.shutdown(cancel_futures=True)
+        raise
+    if main:
+        _kept[key] = pool
+    else:
+        pool.shutdown()
+
+
+def close_workers() -> None:
+    """Ends the workers that wait for more stages; their peak memory counts from here on."""
+    while _kept:
+        _kept.popitem()[1].shutdown()
 
 
 def execute_one(stage: Stage) -> dict:
@@ -229,12 +259,22 @@ def _execute_logged(stage: Stage) -> dict:
         contextlib.redirect_stdout(handle),
         contextlib.redirect_stderr(handle),
     ):
-        return stage.execute()
+        try:
+            return stage.execute()
+        finally:
+            _release_memory()
+
+
+def _release_memory() -> None:
+    """Gives back what a finished stage held on a GPU, where the other worker's next stage may need it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _start_worker(parent: int) -> None:
     """Ties a worker's life to its parent's, even if that is killed, and gives it one thread."""
-    if sys.platform == "linux":  # strictly to the thread that starts it, and that one waits in execute_all
+    if sys.platform == "linux":  # strictly to the thread that starts it: why only the main thread keeps a pool
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above

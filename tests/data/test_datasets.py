@@ -63,6 +63,12 @@ def _png(value, size=(4, 4), mode="L"):
     return out.getvalue()
 
 
+def _png_of(pixels):
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
 def _zip(members):
     out = BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
@@ -162,7 +168,7 @@ def test_wrong_names_and_splits_are_answered_with_the_right_ones(cache):
 def test_all_names_of_the_chapters_are_there():
     expected = (
         "digits mnist octmnist organamnist pneumoniamnist breastmnist retinamnist bloodmnist dermamnist "
-        "pneumoniamnist_parts mednist28 mednist cbis_ddsm bcdr mcgan_synthetic alzheimer ham10000 "
+        "pneumoniamnist_parts mednist28 mednist cbis_ddsm bcdr mcgan_synthetic alzheimer alzheimer_volumes ham10000 "
         "ham10000_melanoma isic2019 isic2020 melanoma_external_256 "
         "vertebra_units vertebra_units_elsewhere vertebra_units_confounded pgan_synthetic phantom_grey28 "
         "phantom_mammography phantom_mammography_elsewhere phantom_vertebrae phantom_spines "
@@ -220,6 +226,24 @@ def test_resizing_pads_to_a_square_first(place):
     assert small.images.shape == (2, 1, 8, 8)
     assert small.images[0, 0, 4, 4] == 255
     assert small.images[0, 0, 4, 0] < 20
+
+
+def test_slices_of_one_volume_come_into_one_part_wherever_they_were_published(place):
+    rng = np.random.default_rng(0)
+    members, volume_of = {}, {}
+    for volume in range(12):
+        kind, whole = ("MildDemented", "NonDemented")[volume % 2], rng.integers(0, 200, (16, 16))
+        for i in range(4):
+            pixels = (whole + rng.integers(0, 3, whole.shape)).astype(np.uint8)
+            name = f"{'test' if i == 3 else 'train'}/{kind}/{volume}_{i}.png"
+            members[name], volume_of[pixels.tobytes()] = _png_of(pixels), volume
+    place("alzheimer", {"a.zip": _zip(members)})
+    parts = [load("alzheimer_volumes", split) for split in ("train", "val", "test")]
+    found = [{volume_of[image.tobytes()] for image in part.images} for part in parts]
+    assert sum(map(len, found)) == 12
+    assert sum(map(len, parts)) == 48
+    assert [len(set(part.subjects)) for part in parts] == [len(f) for f in found]
+    assert parts[0].subject_kind == "volume"
 
 
 def test_mednist_puts_equal_images_into_one_part(place):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -391,3 +392,14 @@ def test_one_of_each_image_is_kept_and_none_with_two_labels(rows):
         if grey not in [other for other, _ in rows[:i]] and len({label for other, label in rows if other == grey}) == 1
     ]
     assert without_duplicates(whole).subjects.tolist() == [str(i) for i in kept]
+
+
+def test_blur_by_products_is_the_blur_by_convolutions():
+    images = torch.rand(3, 2, 7, 12, generator=torch.Generator().manual_seed(0)) * 255
+    reach, sd = 12, 4.0
+    taps = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * sd * sd))
+    taps = (taps / taps.sum()).view(1, 1, 1, -1)
+    padded = torch.nn.functional.pad(images.flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")
+    slow = torch.nn.functional.conv2d(torch.nn.functional.conv2d(padded, taps), taps.mT).view(images.shape)
+    torch.testing.assert_close(alignment._blurred(images, sd), slow, rtol=0, atol=1e-3)
+    assert alignment._blurred(images, 0.0) is images

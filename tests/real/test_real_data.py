@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lookalike.data import exact_duplicates, load, manifest
+from lookalike.data import exact_duplicates, load, manifest, twins
 from lookalike.data.duplicates import without_duplicates
 from lookalike.training import mass_attacks
 
@@ -52,6 +52,23 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOOKALIKE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def test_the_alzheimer_slices_are_200_volumes_of_32_that_the_published_split_cuts():
+    need("alzheimer")
+    parts = {split: load("alzheimer_volumes", split) for split in ("train", "val", "test")}
+    volumes = {split: np.unique(part.subjects, return_counts=True) for split, part in parts.items()}
+    assert [len(names) for names, _ in volumes.values()] == [130, 29, 41]
+    assert all((counts == 32).all() for _, counts in volumes.values())
+    assert not set(volumes["train"][0]) & set(volumes["test"][0])
+    assert [np.bincount(part.labels, minlength=4).tolist() for part in parts.values()] == [
+        [576, 32, 2080, 1472], [128, 0, 480, 320], [192, 32, 640, 448],
+    ]  # fmt: skip
+    assert all(len(set(part.labels[part.subjects == name])) == 1 for part in parts.values() for name in part.subjects)
+    published = [load("alzheimer", split, 64) for split in ("train", "test")]
+    groups = twins.twin_groups(np.concatenate([part.images for part in published]), 0.985)
+    tested = np.bincount(groups[len(published[0]) :], minlength=200)
+    assert sorted(set(tested)) == [6, 7]  # of every volume's 32
 
 
 def need(*names):

@@ -262,7 +262,7 @@ def trained(tmp_path_factory):
             ),
             "one": medsynth.train_phase_one(places["one"], **STAGE, **settings, **GAN, source="real", mask_penalty=0.1),
             "two": medsynth.train_phase_two(
-                places["two"], phase_one=places["one"], vit=places["vit"], match_weight=4.0, epochs=2, seed=0,
+                places["two"], phase_one=places["one"], classifier=places["vit"], match_weight=4.0, epochs=2, seed=0,
                 batch_size=6,
             ),
         }  # fmt: skip
@@ -278,7 +278,7 @@ def test_the_vit_learns_and_lora_alone_goes_on(trained):
     assert report["base_loss"][-1] < 0.5 * report["base_loss"][0]
     assert report["test"]["balanced_accuracy"] > 0.45  # chance: a third
     assert report["trained"] == 2 * (8 + 24) + 8 * 3 + 3 < report["weights"]
-    vit = medsynth.load_vit(places["vit"])
+    vit = medsynth.load_classifier(places["vit"])
     base = load_file(places["vit"] / "base.safetensors")
     assert torch.equal(vit.network.patch_embed.proj.weight, base["network.patch_embed.proj.weight"])
     assert not any(p.requires_grad for p in vit.parameters())
@@ -289,8 +289,52 @@ def test_the_vit_learns_and_lora_alone_goes_on(trained):
 
 def test_a_small_vit_must_be_trained_and_one_base_chosen(tmp_path):
     for wrong in ({"small": DIMS}, {}, {"small": DIMS, "weights": "x.pth"}):
-        with pytest.raises(ValueError, match=r"base_epochs|either `weights`"):
+        with pytest.raises(ValueError, match=r"base_epochs|Give `weights`"):
             medsynth.train_vit(tmp_path, **STAGE, **wrong)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    sets = {("toy", "train"): toy(), ("toy", "test"): toy(1, split="test")}
+    monkeypatch.setattr(datasets, "load", lambda name, split="train", image_size=None: sets[name, split])
+
+
+def test_a_base_of_another_training_is_taken_and_rank_0_trains_all_of_it(trained, toys, tmp_path):
+    base = trained[0]["vit"]
+    report = medsynth.train_vit(tmp_path, **STAGE | {"epochs": 1}, base=str(base), rank=0, batch_size=15)
+    assert report["network"] == "small ViT trained on other data, then all weights"
+    assert report["trained"] == report["weights"]
+    taken, before = (load_file(folder / "base.safetensors") for folder in (tmp_path, base))
+    assert all(torch.equal(taken[key], before[key]) for key in before if ".head." not in key)
+    after = load_file(tmp_path / "weights.safetensors")
+    assert not torch.equal(after["network.patch_embed.proj.weight"], before["network.patch_embed.proj.weight"])
+
+
+def test_a_convnet_can_stand_in_the_vits_place(trained, toys, tmp_path):
+    net, two = tmp_path / "net", tmp_path / "two"
+    net.mkdir(), two.mkdir()
+    report = medsynth.train_convnet(net, **STAGE | {"epochs": 8}, width=4, depth=1, batch_size=15)
+    assert report["loss"][-1] < report["loss"][0]
+    loaded = medsynth.load_classifier(net)
+    right = loaded(datasets.as_tensor(toy(1))).argmax(1).numpy() == LABELS
+    assert right.mean() == pytest.approx(report["test"]["accuracy"])
+    found = medsynth.train_phase_two(
+        two, phase_one=trained[0]["one"], classifier=net, match_weight=1.0, epochs=1, seed=0, batch_size=6
+    )
+    assert found["match"][0] > 0
+
+
+def test_the_gap_of_two_classifiers_is_of_their_scores(trained, toys, tmp_path):
+    vit = trained[0]["vit"]
+    same = medsynth.classifier_gap(vit, vit, resamples=50)
+    assert (same["value"], same["p"]) == (0, 1)
+    medsynth.train_convnet(tmp_path, **STAGE | {"epochs": 1}, width=4, depth=1, batch_size=15)
+    gap = medsynth.classifier_gap(vit, tmp_path, resamples=50)
+    auc = [json.loads(json.dumps(trained[1]["vit"]["test"]))["auc"], medsynth._tested(
+        tmp_path, medsynth.load_classifier(tmp_path), "toy", "test", 8
+    )["auc"]]  # fmt: skip
+    assert gap["value"] == pytest.approx(auc[0] - auc[1])
+    assert gap["low"] < gap["value"] < gap["high"]
 
 
 def test_both_phases_leave_networks_and_their_settings(trained):
@@ -363,5 +407,5 @@ def test_a_private_phase_one_is_of_subjects_and_has_no_phase_two(trained, tmp_pa
     assert medsynth.load_settings(tmp_path)["epsilon"] == 30.0
     with pytest.raises(ValueError, match="without noise"):
         medsynth.train_phase_two(
-            tmp_path, phase_one=tmp_path, vit=trained[0]["vit"], match_weight=1.0, epochs=1, seed=0
+            tmp_path, phase_one=tmp_path, classifier=trained[0]["vit"], match_weight=1.0, epochs=1, seed=0
         )  # fmt: skip

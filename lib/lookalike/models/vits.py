@@ -103,10 +103,15 @@ def lora_vit(name, num_classes, image_size, rank=RANK, weights=None, small=None)
         )
     if small is None:
         return add_lora(pretrained_vit(name, num_classes, image_size, weights), rank)
+    return add_lora(based_vit(weights, num_classes, image_size, small), rank)
+
+
+def based_vit(weights, num_classes, image_size, small):
+    """`small_vit` with the weights of a file but for the head, which is random."""
     vit = small_vit(num_classes, image_size, **small)
     found = {key.removeprefix("network."): value for key, value in load_weights(weights).items()}
     _load_all_but_head(vit.network, found, weights)
-    return add_lora(vit, rank)
+    return vit
 
 
 def trainable(model):

@@ -9,15 +9,19 @@ gives the patient's image itself), "noise", or "other", images of the site that 
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lookalike.data import datasets
 from lookalike.files import write_json
+from lookalike.metrics.classifiers import probabilities
+from lookalike.metrics.intervals import paired_over_images
+from lookalike.metrics.scores import measure
 from lookalike.models.attention_gan import (
     Critic,
     Generator,
@@ -29,7 +33,8 @@ from lookalike.models.attention_gan import (
     mixed_images,
     total_variation,
 )
-from lookalike.models.vits import RANK, add_lora, named_vit, pretrained_vit, small_vit
+from lookalike.models.convnets import build_network
+from lookalike.models.vits import RANK, add_lora, based_vit, named_vit, pretrained_vit, small_vit
 from lookalike.privacy.randomness import stream
 from lookalike.training.checkpoint import Checkpoint, load_weights, save_weights
 from lookalike.training.likelihood import batches, due, keep, mean_loss, report, resume, start_private
@@ -298,28 +303,35 @@ def fit_vit(vit, images, labels, optimizer, *, epochs, batch_size=32, generator=
 
 
 def train_vit(
-    folder, *, data, image_size, epochs, seed, name="vit_base_patch16_224", weights=None, small=None, base_epochs=0,
-    base_lr=1e-3, lr=0.01, batch_size=32, rank=RANK, split="train", rows=None, test_split="test",
+    folder, *, data, image_size, epochs, seed, name="vit_base_patch16_224", weights=None, small=None, base=None,
+    base_epochs=0, base_lr=1e-3, lr=0.01, batch_size=32, rank=RANK, split="train", rows=None, test_split="test",
 ):  # fmt: skip
     """A stage: a ViT with LoRA on a split of `data`, or on its `rows` (Sec. 3.2), to be frozen in phase II.
 
     weights: a file for timm's `name`, which then reads images of `image_size`. Without it, `small` (settings of
-    `models.vits.small_vit`) is trained from scratch on the same images for `base_epochs` by Adam, then given LoRA. LoRA
-    and head: SGD. Writes networks.json, base.safetensors (small alone, before LoRA) and weights.safetensors to
-    `folder`. Gives losses per epoch, the counts of trained and of all weights, and accuracy and balanced accuracy, 0 to
-    1, on `test_split` (None: no test).
+    `models.vits.small_vit`) is trained from scratch on the same images for `base_epochs` by Adam, then given LoRA; with
+    `base`, a folder of such a stage on other data, its small ViT is taken instead, and its head starts at random. LoRA
+    and head: SGD. rank 0: no LoRA, the same SGD trains all weights. epochs 0: the base alone.
+
+    Writes networks.json, base.safetensors (small alone, before LoRA), weights.safetensors, and scores.safetensors to
+    `folder`. Gives losses per epoch, the counts of trained and of all weights, and "test", see `_tested`.
     """
-    if (weights is None) == (small is None):
-        raise ValueError("Give either `weights`, a file, or `small`, the settings of a small ViT trained here.")
+    if sum(given is not None for given in (weights, small, base)) != 1:
+        raise ValueError(
+            "Give `weights`, a file, or `small`, settings of a small ViT to train, or `base`, the folder of one."
+        )
     if small is not None and base_epochs < 1:
         raise ValueError("A small ViT has to be trained before LoRA: base_epochs must be 1 or more.")
     device = _device()
     torch.manual_seed(seed)
     images = _load(data, split, image_size, rows)
     x, y, classes = datasets.as_tensor(images).to(device), torch.as_tensor(images.labels).to(device), images.classes
-    how = {"batch_size": batch_size}
+    how, base_loss = {"batch_size": batch_size}, []
     if weights is not None:
-        vit, base_loss = pretrained_vit(name, len(classes), image_size, weights).to(device), []
+        vit = pretrained_vit(name, len(classes), image_size, weights).to(device)
+    elif base is not None:
+        small = json.loads((Path(base) / "networks.json").read_text("utf-8"))["small"]
+        vit = based_vit(Path(base) / "base.safetensors", len(classes), image_size, small).to(device)
     else:
         vit = small_vit(len(classes), image_size, **small).to(device)
         adam = torch.optim.Adam(vit.parameters(), base_lr, fused=True)
@@ -327,8 +339,10 @@ def train_vit(
             vit, x, y, adam, epochs=base_epochs, generator=stream(seed, "base"),
             checkpoint=Checkpoint(folder / "checkpoint_base"), **how,
         )  # fmt: skip
+    if small is not None:
         save_weights(folder / "base.safetensors", vit)
-    vit = add_lora(vit, rank).to(device)
+    if rank:
+        vit = add_lora(vit, rank).to(device)
     trained = [p for p in vit.parameters() if p.requires_grad]
     sgd = torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     loss = fit_vit(
@@ -339,37 +353,82 @@ def train_vit(
         "name": name, "small": small, "num_classes": len(classes), "image_size": image_size, "rank": rank,
     })  # fmt: skip
     save_weights(folder / "weights.safetensors", vit)
+    origin = name if weights is not None else f"small ViT trained {'on other data' if base else 'from scratch'}"
     return {
-        "network": f"{name} with LoRA" if small is None else "small ViT trained from scratch, then LoRA",
+        "network": origin + (f", then LoRA of rank {rank}" if rank else ", then all weights"),
         "images": len(images), "loss": loss, "base_loss": base_loss,
         "trained": sum(p.numel() for p in trained), "weights": sum(p.numel() for p in vit.parameters()),
-        "test": _tested(vit, data, test_split, image_size, len(classes)),
+        "test": _tested(folder, vit, data, test_split, image_size),
     }  # fmt: skip
 
 
-def load_vit(folder):
-    """The ViT with LoRA that `train_vit` left in `folder`: frozen, on the CPU, in evaluation mode."""
+def train_convnet(
+    folder, *, data, image_size, epochs, seed, network="convnet3", width=128, depth=3, lr=0.01, batch_size=32,
+    split="train", rows=None, test_split="test",
+):  # fmt: skip
+    """A stage: one of `models.convnets.NETWORKS` from scratch in the ViT's place, by the same SGD and batches.
+
+    Writes and gives what `train_vit` does, but for the base.
+    """
+    device = _device()
+    torch.manual_seed(seed)
+    images = _load(data, split, image_size, rows)
+    shape = {"channels": images.images.shape[1], "num_classes": len(images.classes), "image_size": image_size}
+    own = {"network": network, "width": width, "depth": depth}
+    net = build_network(network, **shape, width=width, depth=depth).to(device)
+    sgd = torch.optim.SGD(net.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    loss = fit_vit(
+        net, datasets.as_tensor(images).to(device), torch.as_tensor(images.labels).to(device), sgd, epochs=epochs,
+        batch_size=batch_size, generator=stream(seed, "training"), checkpoint=Checkpoint(folder / "checkpoint"),
+    )  # fmt: skip
+    write_json(folder / "networks.json", own | shape)
+    save_weights(folder / "weights.safetensors", net)
+    count = sum(p.numel() for p in net.parameters())
+    return {
+        "network": network, "images": len(images), "loss": loss, "trained": count, "weights": count,
+        "test": _tested(folder, net, data, test_split, image_size),
+    }  # fmt: skip
+
+
+def load_classifier(folder):
+    """The network that `train_vit` or `train_convnet` left in `folder`: frozen, on the CPU, in evaluation mode."""
     found = json.loads((Path(folder) / "networks.json").read_text("utf-8"))
-    size, classes = found["image_size"], found["num_classes"]
-    vit = (
-        named_vit(found["name"], classes, size)
-        if found["small"] is None
-        else small_vit(classes, size, **found["small"])
-    )
-    load_weights(Path(folder) / "weights.safetensors", add_lora(vit, found["rank"]))
-    return vit.eval().requires_grad_(False)
+    if "network" in found:
+        net = build_network(found.pop("network"), **found)
+    else:
+        size, classes = found["image_size"], found["num_classes"]
+        small = found["small"]
+        net = named_vit(found["name"], classes, size) if small is None else small_vit(classes, size, **small)
+        net = add_lora(net, found["rank"]) if found["rank"] else net
+    load_weights(Path(folder) / "weights.safetensors", net)
+    return net.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def _tested(vit, data, split, image_size, num_classes):
+def _tested(folder, network, data, split, image_size):
+    """{"auc" (macro, one against the rest), "accuracy", "balanced_accuracy", 0 to 1, higher is better, "images"} on a
+    split; None without one. What `classifier_gap` reads goes to scores.safetensors.
+    """
     if split is None:
         return None
-    test, device = datasets.load(data, split, image_size), next(vit.parameters()).device
-    vit.eval()
-    told = [vit(part.to(device)).argmax(1).cpu() for part in datasets.as_tensor(test).split(SAMPLING_BATCH)]
-    right = torch.cat(told).numpy() == test.labels
-    recalls = [right[test.labels == k].mean() for k in range(num_classes) if (test.labels == k).any()]
-    return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(recalls)), "images": len(test)}
+    test = datasets.load(data, split, image_size)
+    scores = probabilities(network, datasets.as_tensor(test)[:, None])
+    units = np.unique(test.subjects, return_inverse=True)[1].reshape(-1)
+    kept = {"labels": test.labels, "units": units, "scores": scores}
+    save_file({name: torch.as_tensor(values) for name, values in kept.items()}, folder / "scores.safetensors")
+    found = {name: measure(test.labels, scores, metric=name) for name in ("accuracy", "balanced_accuracy")}
+    return {"auc": measure(test.labels, scores, metric="auroc"), **found, "images": len(test)}
+
+
+def classifier_gap(first, second, resamples=1000):
+    """Macro AUC on the test split of the classifier in folder `first` less that in `second`, on the same test images:
+    {"value", "low", "high", "n", "p"}, 95 %, over subjects, both trainings fixed.
+    """
+    found = [load_file(Path(folder) / "scores.safetensors") for folder in (first, second)]
+    (labels, units), scores = (found[0][k].numpy() for k in ("labels", "units")), [f["scores"].numpy() for f in found]
+    if not np.array_equal(labels, found[1]["labels"].numpy()):
+        raise ValueError("The two classifiers were tested on different images.")
+    auc = partial(measure, metric="auroc")
+    return paired_over_images(auc, labels, *scores, subjects=units, resamples=resamples)
 
 
 # --- stages of the GAN ----------------------------------------------------------------------------------------------
@@ -416,9 +475,10 @@ def train_phase_one(
 
 
 def train_phase_two(
-    folder, *, phase_one, vit, match_weight, epochs, seed, match_form="mse", lr=5e-6, batch_size=64, n_critic=1
+    folder, *, phase_one, classifier, match_weight, epochs, seed, match_form="mse", lr=5e-6, batch_size=64, n_critic=1
 ):
-    """A stage: the GAN in the folder `phase_one` goes on, to match the logits of the ViT in the folder `vit` (Eq. 4-5).
+    """A stage: the GAN in the folder `phase_one` goes on, to match the logits of the `classifier` in a folder of
+    `train_vit` or `train_convnet` (Eq. 4-5).
 
     Data, source and mask terms are phase I's, Adam is fresh, and the critic keeps training at the same rate. See
     `Objective` for `match_weight`, whose inverse is the paper's lambda; 0 is phase I for longer, for comparison. A
@@ -431,11 +491,11 @@ def train_phase_two(
             "Phase II reads the real images without noise (Eq. 4): the epsilon of this phase I would no longer hold."
         )
     torch.manual_seed(seed)
-    classifier = load_vit(vit).to(_device())
+    frozen = load_classifier(classifier).to(_device())
     images = _load(settings["data"], settings["split"], settings["image_size"], settings["rows"])
     objective = Objective(**settings["objective"] | {"match_weight": match_weight, "match_form": match_form})
     settings |= {"phase": 2, "objective": dataclasses.asdict(objective)}
-    how = {"lr": lr, "batch_size": batch_size, "n_critic": n_critic, "classifier": classifier}
+    how = {"lr": lr, "batch_size": batch_size, "n_critic": n_critic, "classifier": frozen}
     found = _train_and_save(folder, load_networks(phase_one), images, settings, objective, epochs, seed, how)
     write_json(folder / "networks.json", document)
     return found | {"lambda": 1 / match_weight if match_weight else None}
