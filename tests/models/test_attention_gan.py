@@ -224,3 +224,15 @@ class _Shift(nn.Module):
 
     def forward(self, logits):
         return logits + 100 * logits.sum(1, keepdim=True)
+
+
+def test_noise_in_cells_is_even_within_a_cell_and_white_without():
+    net = ag.Generator(**SMALL, conv_dim=4, blocks=1, noise_cells=2)
+    z = net.noise(300, torch.Generator().manual_seed(0))
+    cells = z.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)  # (N, C, 2, 2, 16)
+    assert (cells == cells[..., :1]).all()
+    assert cells[..., 0].std().item() == pytest.approx(0.48, abs=0.02)
+    white = ag.Generator(**SMALL, conv_dim=4, blocks=1).noise(2, torch.Generator().manual_seed(0))
+    assert len(white.unique()) > 100
+    with pytest.raises(ValueError, match="divide the image's 8 px"):
+        ag.Generator(**SMALL, noise_cells=3)

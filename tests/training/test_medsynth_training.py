@@ -77,7 +77,7 @@ def test_inputs_are_the_real_images_another_sites_or_noise(data):
     assert (rows.sum(1) == 1).all()
     assert len(set(rows.long().argmax(1).tolist())) > 5
     noise = medsynth.inputs(
-        "noise", torch.zeros(400).long(), shape=(1, 8, 8), generator=torch.Generator().manual_seed(0)
+        "noise", torch.zeros(400).long(), noise=networks()[0].noise, generator=torch.Generator().manual_seed(0)
     )
     assert noise.shape == (400, 1, 8, 8)
     assert noise.abs().max() == 1
@@ -173,7 +173,7 @@ def test_as_printed_trains_the_generator_to_look_less_real(data):
         torch.manual_seed(0)
         made, critic = networks()
         x, wanted = (
-            medsynth.inputs("noise", data[1], shape=(1, 8, 8), generator=torch.Generator().manual_seed(0)),
+            medsynth.inputs("noise", data[1], noise=networks()[0].noise, generator=torch.Generator().manual_seed(0)),
             data[1],
         )
         adam = torch.optim.Adam(made.parameters(), 3e-3)
@@ -293,13 +293,7 @@ def test_a_small_vit_must_be_trained_and_one_base_chosen(tmp_path):
             medsynth.train_vit(tmp_path, **STAGE, **wrong)
 
 
-@pytest.fixture
-def toys(monkeypatch):
-    sets = {("toy", "train"): toy(), ("toy", "test"): toy(1, split="test")}
-    monkeypatch.setattr(datasets, "load", lambda name, split="train", image_size=None: sets[name, split])
-
-
-def test_a_base_of_another_training_is_taken_and_rank_0_trains_all_of_it(trained, toys, tmp_path):
+def test_a_base_of_another_training_is_taken_and_rank_0_trains_all_of_it(trained, tmp_path):
     base = trained[0]["vit"]
     report = medsynth.train_vit(tmp_path, **STAGE | {"epochs": 1}, base=str(base), rank=0, batch_size=15)
     assert report["network"] == "small ViT trained on other data, then all weights"
@@ -310,7 +304,7 @@ def test_a_base_of_another_training_is_taken_and_rank_0_trains_all_of_it(trained
     assert not torch.equal(after["network.patch_embed.proj.weight"], before["network.patch_embed.proj.weight"])
 
 
-def test_a_convnet_can_stand_in_the_vits_place(trained, toys, tmp_path):
+def test_a_convnet_can_stand_in_the_vits_place(trained, tmp_path):
     net, two = tmp_path / "net", tmp_path / "two"
     net.mkdir(), two.mkdir()
     report = medsynth.train_convnet(net, **STAGE | {"epochs": 8}, width=4, depth=1, batch_size=15)
@@ -324,7 +318,7 @@ def test_a_convnet_can_stand_in_the_vits_place(trained, toys, tmp_path):
     assert found["match"][0] > 0
 
 
-def test_the_gap_of_two_classifiers_is_of_their_scores(trained, toys, tmp_path):
+def test_the_gap_of_two_classifiers_is_of_their_scores(trained, tmp_path):
     vit = trained[0]["vit"]
     same = medsynth.classifier_gap(vit, vit, resamples=50)
     assert (same["value"], same["p"]) == (0, 1)

@@ -51,7 +51,7 @@ class Blend(nn.Module):
 
 def made_of(pool, chosen, mask):
     sources = pool.subset(chosen)
-    return pass_through._pass(Blend(mask), "real", sources, None)
+    return pass_through.pass_on(Blend(mask), "real", sources, None)
 
 
 @pytest.fixture

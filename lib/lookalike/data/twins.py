@@ -147,7 +147,7 @@ def official_and_grouped(name, image_size, threshold=0.99, seed=0):
     Subjects that are known stay whole too. In the grouped sets the `subjects` are the groups, for intervals over them.
     """
     official = {split: datasets.load(name, split, image_size) for split in ("train", "test")}
-    whole = _joined(list(official.values()))
+    whole = joined(list(official.values()))
     known = whole.subjects if whole.subject_kind != "image" else None
     groups = twin_groups(whole, threshold, known)
     share = len(official["train"]) / len(whole)
@@ -221,7 +221,7 @@ def _deal(counts, fractions, rng):
     return part
 
 
-def _joined(sets):
+def joined(sets):
     """Both splits as one `ImageSet`, in the order given."""
     arrays = {name: np.concatenate([getattr(s, name) for s in sets]) for name in ("images", "labels", "subjects")}
     return dataclasses.replace(sets[0], **arrays, split="+".join(s.split for s in sets))

@@ -21,14 +21,20 @@ class Generator(nn.Module):
 
     conv_dim: channels of the first layer, four times as many in the `blocks` attention blocks at a quarter of the size
     (paper: six). attention: "residual" (our reading of the paper's residual attention blocks), "channel", "self" or
-    "none", see `AttentionBlock`. What x is, `training.medsynth.inputs` says: the network does not ask.
+    "none", see `AttentionBlock`. What x is, `training.medsynth.inputs` says: the network does not ask. noise_cells: of
+    `noise`, 0 or a divisor of S.
     """
 
-    def __init__(self, image_size=64, channels=1, num_classes=4, conv_dim=64, blocks=6, attention="residual"):
+    def __init__(
+        self, image_size=64, channels=1, num_classes=4, conv_dim=64, blocks=6, attention="residual", noise_cells=0
+    ):  # fmt: skip
         super().__init__()
         if image_size < 8 or image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4 from 8 on, not {image_size}.")
+        if noise_cells < 0 or (noise_cells and image_size % noise_cells):
+            raise ValueError(f"noise_cells must be 0 or divide the image's {image_size} px, not {noise_cells}.")
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
+        self.noise_cells = noise_cells
         relu, d = nn.ReLU(), conv_dim
         self.encoder = nn.Sequential(
             conv(channels + num_classes, d, 7), relu, conv(d, 2 * d, 4, 2), relu, conv(2 * d, 4 * d, 4, 2), relu
@@ -55,9 +61,14 @@ class Generator(nn.Module):
     def noise(self, n, generator=None):
         """Inputs (n, C, S, S) for a generator that reads no image: normal, halved, clamped to [-1, 1] so that s stays
         an image; drawn on the CPU.
+
+        Of every pixel with noise_cells 0; convolutions average that away and every image of a class comes out alike.
+        Else of noise_cells x noise_cells squares.
         """
-        z = torch.randn(n, self.channels, self.image_size, self.image_size, generator=generator) / 2
-        return z.clamp(-1, 1).to(next(self.parameters()).device)
+        cells = self.noise_cells or self.image_size
+        z = (torch.randn(n, self.channels, cells, cells, generator=generator) / 2).clamp(-1, 1)
+        z = z.repeat_interleave(self.image_size // cells, 2).repeat_interleave(self.image_size // cells, 3)
+        return z.to(next(self.parameters()).device)
 
     @torch.no_grad()
     def sample(self, labels, generator=None):

@@ -92,6 +92,7 @@ class Checkpoint:
                 optimizer.load_state_dict(stored["optimizers"][name])
             except ValueError as error:
                 raise CheckpointError(f"Optimizer {name} in {self.folder} does not fit: {error}.") from None
+            _lay_out_as_weights(optimizer)
         for name, generator in generators.items():
             generator.set_state(stored["generators"][name])
         if stored["random"]:
@@ -143,6 +144,14 @@ class Checkpoint:
 
     def _damaged(self, why) -> str:
         return f"The checkpoint in {self.folder} is damaged ({why}): delete the folder to train from the start."
+
+
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Moments come from a file in plain order; a fused step walks them and weights in channels_last side by side."""
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[key] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_weights(path: Path, module: nn.Module) -> None:

@@ -54,7 +54,7 @@ def pass_through(folder, *, trained, data, image_size, images, seed, split_in="t
     for kind, name, split in _inputs_asked(data, split_in, split_out, other or settings["other"]):
         pool = datasets.load(name, split, image_size)
         chosen = np.sort(rng.permutation(trained_rows(settings, name, split, len(pool)))[:images])
-        made = _pass(generator, kind, pool.subset(chosen), draws)
+        made = pass_on(generator, kind, pool.subset(chosen), draws)
         row = compare(pool, chosen, made, seed)
         rows.append({"input": kind, "split": split, "data": name, "given": kind != "noise"} | row)
         examples |= _examples(f"{kind}/{split}", pool, chosen, made)
@@ -157,11 +157,13 @@ def _device():
 
 
 @torch.no_grad()
-def _pass(generator, kind, sources, draws):
-    """`Passed` of sources, an `ImageSet`; with noise in their place, and their labels, for "noise"."""
+def pass_on(generator, kind, sources, draws):
+    """`Passed` of sources, an `ImageSet`, for kind "real" or "other"; with noise in their place for "noise". `draws`: a
+    generator on the CPU.
+    """
     x, labels = datasets.as_tensor(sources), torch.as_tensor(sources.labels)
     if kind == "noise":
-        x = medsynth.inputs("noise", labels, shape=tuple(x.shape[1:]), generator=draws)
+        x = medsynth.inputs("noise", labels, noise=generator.noise, generator=draws).cpu()
     if kind == "other":  # the other site's labels may mean something else, and training does not read them
         labels = torch.randint(generator.num_classes, (len(x),), generator=draws)
     batches = zip(x.split(BATCH), labels.split(BATCH))
