@@ -44,6 +44,10 @@ class Blend(nn.Module):
         pictures = torch.rand(len(CLASSES), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
         self.pictures = nn.Parameter(2 * pictures - 1)
 
+    @staticmethod
+    def noise(n, generator=None):
+        return (torch.randn(n, 1, SIDE, SIDE, generator=generator) / 2).clamp(-1, 1)
+
     def forward(self, x, labels):
         a, g = torch.full_like(x[:, :1], self.mask), self.pictures[labels]
         return a * x + (1 - a) * g, a, g
