@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 
 from lookalike.data import datasets
 from lookalike.data.image_set import ImageSet
@@ -318,17 +319,14 @@ def test_a_convnet_can_stand_in_the_vits_place(trained, tmp_path):
     assert found["match"][0] > 0
 
 
-def test_the_gap_of_two_classifiers_is_of_their_scores(trained, tmp_path):
-    vit = trained[0]["vit"]
-    same = medsynth.classifier_gap(vit, vit, resamples=50)
-    assert (same["value"], same["p"]) == (0, 1)
-    medsynth.train_convnet(tmp_path, **STAGE | {"epochs": 1}, width=4, depth=1, batch_size=15)
-    gap = medsynth.classifier_gap(vit, tmp_path, resamples=50)
-    auc = [json.loads(json.dumps(trained[1]["vit"]["test"]))["auc"], medsynth._tested(
-        tmp_path, medsynth.load_classifier(tmp_path), "toy", "test", 8
-    )["auc"]]  # fmt: skip
-    assert gap["value"] == pytest.approx(auc[0] - auc[1])
-    assert gap["low"] < gap["value"] < gap["high"]
+def test_the_scores_of_a_classifier_are_kept_with_whose_image_each_is(trained):
+    found = load_file(trained[0]["vit"] / "scores.safetensors")
+    test = trained[1]["vit"]["test"]
+    assert found["labels"].tolist() == LABELS.tolist()
+    assert found["units"].tolist() == [i // 2 for i in range(len(LABELS))]
+    scores = found["scores"].numpy()
+    assert (scores.argmax(1) == LABELS).mean() == pytest.approx(test["accuracy"])
+    assert roc_auc_score(LABELS, scores, multi_class="ovr") == pytest.approx(test["auc"])
 
 
 def test_both_phases_leave_networks_and_their_settings(trained):

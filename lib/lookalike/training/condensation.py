@@ -609,23 +609,6 @@ def set_differences(folder, reference, network, resamples=1000):
     return rows
 
 
-def lead(folder, network, first, second, gain=1.0, metric="auc", resamples=1000):
-    """A metric of set `first` less `gain` times that of `second` on one network, trainings fixed, over subjects:
-    {"value", "low", "high", "n"}, 95 %. A gain below 1 asks whether that share of it is kept.
-    """
-    found = load_scores(folder)
-    scores = found["scores"][network]
-    if absent := [name for name in (first, second) if name not in scores]:
-        raise ValueError(f"There is no set {absent[0]!r}; the sets are {', '.join(scores)}.")
-    statistic = METRICS[metric]
-
-    def gap(labels, one, other, *, weights):
-        return statistic(labels, one, weights=weights) - gain * statistic(labels, other, weights=weights)
-
-    pair = scores[first], scores[second]
-    return bootstrap(gap, found["labels"], *pair, subjects=found["units"], resamples=resamples)
-
-
 def _difference(statistic, labels, units, resamples, reference, own):
     found = paired_over_images(statistic, labels, own, reference, subjects=units, resamples=resamples)
     per_seed = [[statistic(labels, scores[:, s]) for s in range(scores.shape[1])] for scores in (own, reference)]

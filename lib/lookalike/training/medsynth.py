@@ -9,18 +9,16 @@ gives the patient's image itself), "noise", or "other", images of the site that 
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lookalike.data import datasets
 from lookalike.files import write_json
 from lookalike.metrics.classifiers import probabilities
-from lookalike.metrics.intervals import paired_over_images
 from lookalike.metrics.scores import measure
 from lookalike.models.attention_gan import (
     Critic,
@@ -407,7 +405,7 @@ def load_classifier(folder):
 
 def _tested(folder, network, data, split, image_size):
     """{"auc" (macro, one against the rest), "accuracy", "balanced_accuracy", 0 to 1, higher is better, "images"} on a
-    split; None without one. What `classifier_gap` reads goes to scores.safetensors.
+    split; None without one. "labels", "units" (whose image, as numbers) and "scores" (N, K) go to scores.safetensors.
     """
     if split is None:
         return None
@@ -418,18 +416,6 @@ def _tested(folder, network, data, split, image_size):
     save_file({name: torch.as_tensor(values) for name, values in kept.items()}, folder / "scores.safetensors")
     found = {name: measure(test.labels, scores, metric=name) for name in ("accuracy", "balanced_accuracy")}
     return {"auc": measure(test.labels, scores, metric="auroc"), **found, "images": len(test)}
-
-
-def classifier_gap(first, second, resamples=1000):
-    """Macro AUC on the test split of the classifier in folder `first` less that in `second`, on the same test images:
-    {"value", "low", "high", "n", "p"}, 95 %, over subjects, both trainings fixed.
-    """
-    found = [load_file(Path(folder) / "scores.safetensors") for folder in (first, second)]
-    (labels, units), scores = (found[0][k].numpy() for k in ("labels", "units")), [f["scores"].numpy() for f in found]
-    if not np.array_equal(labels, found[1]["labels"].numpy()):
-        raise ValueError("The two classifiers were tested on different images.")
-    auc = partial(measure, metric="auroc")
-    return paired_over_images(auc, labels, *scores, subjects=units, resamples=resamples)
 
 
 # --- stages of the GAN ----------------------------------------------------------------------------------------------
