@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import toy_stages
 from lookalike import paths, provenance, results, runner
-from lookalike.compare import Comparison, describe_run, missing_needs
+from lookalike.compare import Comparison, Notes, describe_run, missing_needs
 from lookalike.files import read_json, write_json
 from lookalike.keep import strip
 from lookalike.recheck import recheck
@@ -545,10 +545,44 @@ def test_other_verdict_of_the_kept_run_stands_below(book):
     assert "not comparable: small scale | kept: reproduced" in repr(Comparison(table, ""))
 
 
-def comparison_frame(row):
+def test_a_long_reason_is_said_once_below_the_table():
+    row = {"where": "T", "what": "w", "paper": "1", "kept_run": "", "this_page": "2", "kept_verdict": "not run"}
+    scale = "medium scale; vertebra_units instead of pgan_f2305"
+    verdicts = [
+        f"not comparable: {scale}",
+        "not comparable: shown is fid_lite0",
+        f"undecided: the interval spans 0 (at {scale})",
+        f"same direction (at {scale})",
+        f"not comparable: {scale}",
+    ]
+    page = Comparison(comparison_frame(*(row | {"verdict": verdict} for verdict in verdicts)), "")._repr_html_()
+    cells = re.findall(r'<span class="lookalike-verdict[^>]*>([^<]*)</span>(?:&nbsp;<sup>([^<]*)</sup>)?', page)
+    assert cells == [
+        ("not comparable", "a"),
+        ("not comparable: shown is fid_lite0", ""),
+        ("undecided: the interval spans 0", "b"),
+        ("same direction", "b"),
+        ("not comparable", "a"),
+    ]
+    assert page.count(f"<sup>a</sup> {scale}<") == page.count(f"<sup>b</sup> at {scale}<") == 1
+    assert "kept run" not in page  # a column without a word in it
+
+
+def test_marks_of_notes_go_on_after_z():
+    notes = Notes()
+    marks = [notes.split(f"not comparable: a reason of more than thirty-two letters, {i}")[1] for i in range(28)]
+    assert marks[:2] + marks[25:] == ["a", "b", "z", "aa", "ab"]
+
+
+def test_several_data_sets_are_missed_in_one_breath():
+    text = verdict(number_row(needs="full data:organs data:octmnist"), record("", k=metric(10.0), scale="small"))
+    assert text == "not comparable: small scale; mnist instead of organs and octmnist"
+
+
+def comparison_frame(*rows):
     import pandas as pd
 
-    return pd.DataFrame([row])
+    return pd.DataFrame(list(rows))
 
 
 # --- keeping ------------------------------------------------------------------------------------------------

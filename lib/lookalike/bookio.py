@@ -3,12 +3,14 @@
 Sphinx asks `read` for every Markdown page (nb_custom_formats in book/_config.yml). A recorded run is an
 executed notebook with its record, a JSON file of the same name, beside it: book/results/<chapter>/full, then
 medium, then this build's small run. The first whose code equals the page's lends its outputs, so the text may
-change freely while the outputs stay. {scorecard}, {run-status}, {data-sets}, {brackets}, {calibrations}: made anew.
+change freely while the outputs stay. Tables of run.compare, {scorecard}, {run-status}, {data-sets}, {brackets} and
+{calibrations} are made anew.
 """
 
 import ast
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from lookalike import pages, paths
+from lookalike.compare import compared
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ def read(text: str) -> nbformat.NotebookNode:
         logger.warning("No recorded run has the code of chapter %s: make book runs it once, small", chapter)
         return page
     _copy_outputs(run.notebook, page)
+    _compare_anew(chapter, run.record, page)
     _insert_before_parameters(page, pages.run_box(chapter, run.scale, run.record))
     return page
 
@@ -96,6 +100,22 @@ def _copy_outputs(source: nbformat.NotebookNode, page: nbformat.NotebookNode) ->
     for executed, shown in zip(_code_cells(source), _code_cells(page), strict=True):
         shown.outputs = copy.deepcopy(executed.outputs)
         shown.execution_count = executed.execution_count
+
+
+def _compare_anew(chapter: str, record: dict, page: nbformat.NotebookNode) -> None:
+    """The tables of run.compare, drawn at this build from the record and the reported numbers, as the scorecard is."""
+    for cell in _code_cells(page):
+        prefix = _compared_prefix(cell.source)
+        if prefix is not None:
+            shown = compared(chapter, record, prefix)
+            data = {"text/html": shown._repr_html_(), "text/plain": repr(shown)}
+            cell.outputs[-1:] = [nbformat.v4.new_output("display_data", data)]
+
+
+def _compared_prefix(source: str) -> str | None:
+    """The prefix of a cell whose last line is run.compare("prefix"), "" of run.compare(), None of any other cell."""
+    found = re.fullmatch(r"run\.compare\((?:\"([^\"]*)\")?\)", source.strip().rpartition("\n")[2])
+    return (found[1] or "") if found else None
 
 
 def _insert_before_parameters(page: nbformat.NotebookNode, text: str) -> None:

@@ -118,7 +118,7 @@ def verdict(row: dict, run: dict) -> str:
     if metric["value"] is None:
         return f"not comparable: {metric['note']}"
     if missing:
-        return f"not comparable: {'; '.join(missing.values())}"
+        return f"not comparable: {'; '.join(_reasons(missing, run))}"
     allowed = max(0.0 if math.isnan(margin) else margin for margin in (row["spread"], row["tolerance"]))
     # the margin is a decimal of the paper's: 0.3 - 0.2 is 0.1 on paper, and a little less or more in binary
     near = abs(metric["value"] - row["value"]) <= allowed + 1e-9 * max(abs(row["value"]), allowed)
@@ -149,14 +149,25 @@ def _why_missing(token: str, run: dict) -> str:
         changed = f" with other {', '.join(run['changed'])}" if run["changed"] else ""
         return f"{run['scale']} scale{changed}"
     if kind == "data":
-        return f"{_data_names(run) or 'no recorded data'} instead of {name}"
+        return _instead_of([name], run)
     if kind == "weights":
         return f"without the {name} weights"
     return f"{kind} is not {name}"
 
 
+def _instead_of(names: list[str], run: dict) -> str:
+    return f"{_data_names(run) or 'no recorded data'} instead of {' and '.join(names)}"
+
+
+def _reasons(missing: dict[str, str], run: dict) -> list[str]:
+    """The reasons in words; what is said of several data sets is said once."""
+    names = [token.partition(":")[2] for token in missing if token.startswith("data:")]
+    reasons = [_instead_of(names, run) if t.startswith("data:") else reason for t, reason in missing.items()]
+    return list(dict.fromkeys(reasons))
+
+
 def _at_scale(missing: dict[str, str], run: dict) -> str:
-    others = [reason for token, reason in missing.items() if token != "full"]
+    others = _reasons({token: reason for token, reason in missing.items() if token != "full"}, run)
     return " (at " + "; ".join([missing.get("full", f"{run['scale']} scale"), *others]) + ")"
 
 
@@ -252,14 +263,18 @@ def _last(key: str) -> str:
 
 
 STYLE = """<style>
-.lookalike-comparison td, .lookalike-comparison th { text-align: left; vertical-align: top; }
+.lookalike-comparison { font-size: .85em; line-height: 1.4; }
+.lookalike-comparison td, .lookalike-comparison th { text-align: left !important; vertical-align: top; padding: .3em .5em; }
+.lookalike-comparison td:last-child { min-width: 11em; }
 .lookalike-verdict { padding: 0 .4em; border-left: .3em solid; border-radius: .2em; }
 .lookalike-good { border-color: rgb(46 160 67); background: rgb(46 160 67 / 15%); }
 .lookalike-bad { border-color: rgb(218 54 51); background: rgb(218 54 51 / 15%); }
 .lookalike-open { border-color: rgb(187 128 9); background: rgb(187 128 9 / 15%); }
 .lookalike-none { border-color: rgb(128 128 128); }
+.lookalike-notes { font-size: .85em; line-height: 1.4; }
 </style>"""
 CLASSES = {"reproduced": "good", "same direction": "good", "not reproduced": "bad", "undecided": "open"}
+LONGEST_REASON = 32  # letters that stay in their cell; longer reasons stand once, below the table
 
 
 class Comparison:
@@ -279,11 +294,43 @@ class Comparison:
         return f"{self._cells().assign(verdict=verdicts).to_string(index=False)}\n{self.caption}"
 
     def _repr_html_(self) -> str:
-        verdicts = ["<br>kept: ".join(map(_badge, _verdicts(row))) for row in self.table.to_dict("records")]
+        notes = Notes()
+        rows = self.table.to_dict("records")
+        verdicts = ["<br>kept: ".join(_badge(*notes.split(text)) for text in _verdicts(row)) for row in rows]
         cells = self._cells().map(html.escape).assign(verdict=verdicts)
+        if not self.table["kept_run"].any():
+            cells = cells.drop(columns="kept run")
         # the theme gives tables of class dataframe its dark colours
         table = cells.to_html(index=False, escape=False, border=0, classes="lookalike-comparison")
-        return f"{STYLE}{table}<p>{html.escape(self.caption)}</p>"
+        return f"{STYLE}{table}{notes.html()}<p>{html.escape(self.caption)}</p>"
+
+
+class Notes:
+    """Long reasons of verdicts, each said once under a mark of its own: a, b, ... z, aa."""
+
+    def __init__(self):
+        self.marks: dict[str, str] = {}
+
+    def split(self, verdict: str) -> tuple[str, str]:
+        """A verdict as its cell shows it, and the marks of the notes that it refers to (or "")."""
+        short, where = re.fullmatch(r"(.*?)(?: \((at .*)\))?", verdict, re.DOTALL).groups()
+        kind, _, why = short.partition(": ")
+        if len(why) > LONGEST_REASON:
+            return kind, " ".join(self._mark(reason) for reason in (why, where) if reason)
+        return short, self._mark(where) if where else ""
+
+    def _mark(self, reason: str) -> str:
+        return self.marks.setdefault(reason, _letters(len(self.marks)))
+
+    def html(self) -> str:
+        lines = [f"<sup>{mark}</sup> {html.escape(reason)}" for reason, mark in self.marks.items()]
+        return f'<p class="lookalike-notes">{"<br>".join(lines)}</p>' if lines else ""
+
+
+def _letters(number: int) -> str:
+    """0 is a, 25 is z, 26 is aa: as spreadsheets count their columns."""
+    rest, last = divmod(number, 26)
+    return (_letters(rest - 1) if rest else "") + chr(ord("a") + last)
 
 
 def _verdicts(row: dict) -> list[str]:
@@ -292,9 +339,17 @@ def _verdicts(row: dict) -> list[str]:
     return [row["verdict"]] if kept in ("not run", row["verdict"]) else [row["verdict"], kept]
 
 
-def _badge(text: str) -> str:
+def _badge(text: str, marks: str = "") -> str:
     kind = CLASSES.get(re.split(r": | \(", text)[0], "none")
-    return f'<span class="lookalike-verdict lookalike-{kind}">{html.escape(text)}</span>'
+    badge = f'<span class="lookalike-verdict lookalike-{kind}">{html.escape(text)}</span>'
+    return badge + (f"&nbsp;<sup>{marks}</sup>" if marks else "")
+
+
+def compared(chapter: str, run: dict, prefix: str = "") -> Comparison:
+    """The table that a page shows of a run's record: compared("pgan", record, "table_s1/") is a part of it."""
+    kept = [describe_run(record) for record in kept_runs(chapter).values() if record["id"] != run["id"]]
+    caption = f"This page: {describe_run(run)}." + "".join(f" Kept: {line}." for line in kept)
+    return Comparison(comparison(chapter, run, prefix), caption)
 
 
 def describe_run(run: dict) -> str:

@@ -27,6 +27,7 @@ from lookalike.compare import (
     SCHEMA,
     TOKEN,
     Comparison,
+    compared,
     comparison,
     describe_run,
     kept_runs,
@@ -280,10 +281,7 @@ class Run:
 
         `prefix` shows a part of it: compare("table1/").
         """
-        record = self.record()
-        kept = [describe_run(kept) for kept in kept_runs(self.chapter).values() if kept["id"] != self._id]
-        caption = f"This page: {describe_run(record)}." + "".join(f" Kept: {line}." for line in kept)
-        return Comparison(comparison(self.chapter, record, prefix), caption)
+        return compared(self.chapter, self.record(), prefix)
 
 
 def _changed_settings(chapter: str, scale: str, parameters: dict) -> dict:

@@ -111,6 +111,27 @@ def test_a_new_default_is_the_small_runs_and_leaves_a_kept_run_shown(write_chapt
     assert "cell 1 of medium" in shown(chapter)
 
 
+def test_tables_of_verdicts_follow_the_reported_numbers(write_chapter):
+    chapter = write_chapter("work()", 'x = 1\nrun.compare("t1/")', "run.compare()")
+    reported = chapter.parents[1] / "reported/tiny.csv"
+    header = "key,value,spread,tolerance,where,what,needs,stand_in,claim\n"
+    metrics = {"t1/auc": {"value": 0.71, "low": None, "high": None, "spread": None, "n": None, "note": ""}}
+    reported.write_text(header + "t1/auc,0.70,,0.005,Table 1,an area,,,\nt2/auc,0.90,,0.005,Table 2,another,,,\n")
+    record_run("medium", metrics=metrics)
+
+    def tables():
+        cells = [c for c in bookio.read(chapter.read_text()).cells if c.cell_type == "code"]
+        assert cells[1].outputs[-1].text == "cell 1 of medium\n"
+        return [c.outputs[-1].data["text/html"] for c in cells[2:]]
+
+    part, whole = tables()
+    assert "not reproduced" in part
+    assert "Table 2" not in part
+    assert "Table 2" in whole
+    reported.write_text(header + "t1/auc,0.70,,0.02,Table 1,an area,,,\nt2/auc,0.90,,0.005,Table 2,another,,,\n")
+    assert ">reproduced<" in tables()[0]
+
+
 def test_changed_code_falls_back_to_the_run_that_has_it(write_chapter, caplog):
     chapter = write_chapter("work()")
     record_run("medium")
