@@ -264,7 +264,8 @@ def _last(key: str) -> str:
 
 STYLE = """<style>
 .lookalike-comparison { font-size: .85em; line-height: 1.4; }
-.lookalike-comparison td, .lookalike-comparison th { text-align: left !important; vertical-align: top; padding: .3em .5em; }
+.lookalike-comparison td, .lookalike-comparison th { text-align: left !important; vertical-align: top; }
+.lookalike-comparison td, .lookalike-comparison th { padding: .3em .5em; }
 .lookalike-comparison td:last-child { min-width: 11em; }
 .lookalike-verdict { padding: 0 .4em; border-left: .3em solid; border-radius: .2em; }
 .lookalike-good { border-color: rgb(46 160 67); background: rgb(46 160 67 / 15%); }

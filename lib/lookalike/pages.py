@@ -153,19 +153,30 @@ def comparison_rows(chapter: str, run_name: str = "") -> list[dict]:
 
 
 def scorecard() -> str:
-    """Counts per verdict for every chapter, then the rows for which a kept run has a value."""
+    """Counts per verdict for every chapter, then what a kept run has of it: the claims, and the numbers folded away."""
     tables = {chapter: _comparison(chapter) for chapter in runner.chapter_names()}
     counts = zip(VERDICTS, *(_counts(rows["verdict"]) for rows in tables.values()))
     links = [f"{{doc}}`{chapter} </chapters/{chapter}>`" for chapter in tables]
     parts = [table(["verdict", *links], list(counts))]
     for chapter, rows in tables.items():
-        shown = rows[rows["kept_run"] != ""][["where", "what", "paper", "kept_run", "verdict"]]
-        parts.append(f"**{title(chapter)}**")
-        if len(shown):
-            parts.append(table(["where", "what", "paper", "kept run", "verdict"], shown.values.tolist()))
-        else:
-            parts.append("No run of this chapter is kept yet, so there is no value to show.")
+        parts += [f"## {title(chapter)}", *_scored(rows[rows["kept_run"] != ""])]
     return "\n\n".join(parts)
+
+
+def _scored(rows) -> list[str]:
+    """A chapter's part of the scorecard, from its rows that have a value."""
+    if not len(rows):
+        return ["No run of this chapter is kept yet, so there is no value to show."]
+    claims, numbers = rows[rows["paper"] == "claim"], rows[rows["paper"] != "claim"]
+    columns = ["where", "what", "kept_run", "verdict"]
+    parts = []
+    if len(claims):
+        parts.append(table(["where", "the paper says", "kept run", "verdict"], claims[columns].values.tolist()))
+    if len(numbers):
+        shown = numbers[["where", "what", "paper", "kept_run", "verdict"]]
+        lines = table(["where", "what", "paper", "kept run", "verdict"], shown.values.tolist())
+        parts.append(f":::{{dropdown}} {len(numbers)} numbers of the paper beside ours\n\n{lines}\n:::")
+    return parts
 
 
 def _comparison(chapter: str):
