@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import toy_stages
 from lookalike import paths, provenance, results, runner
-from lookalike.compare import Comparison, Notes, describe_run, missing_needs
+from lookalike.compare import Comparison, Notes, _claim_name, describe_run, missing_needs
 from lookalike.files import read_json, write_json
 from lookalike.keep import strip
 from lookalike.recheck import recheck
@@ -572,6 +572,19 @@ def test_marks_of_notes_go_on_after_z():
     notes = Notes()
     marks = [notes.split(f"not comparable: a reason of more than thirty-two letters, {i}")[1] for i in range(28)]
     assert marks[:2] + marks[25:] == ["a", "b", "z", "aa", "ab"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("claim/c1a", "claim C1a"),
+        ("claim/c12_classes", "claim C12"),
+        ("claim/colour", "claim"),
+        ("claim/noise_use", "claim"),
+    ],
+)
+def test_a_claim_has_the_name_that_ledgers_use(key, name):
+    assert _claim_name(key) == name
 
 
 def test_several_data_sets_are_missed_in_one_breath():

@@ -210,7 +210,7 @@ def _line(row: dict, run: dict | None, kept: dict | None) -> dict:
         "key": row["key"],
         "where": row["where"],
         "what": row["claim"] or row["what"],
-        "paper": "claim" if row["claim"] else _pm(row["value_text"], row["spread"], row["value_text"]),
+        "paper": _claim_name(row["key"]) if row["claim"] else _pm(row["value_text"], row["spread"], row["value_text"]),
         "kept_run": f"{_shown(row, kept)} ({_scale_and_data(row, kept)})" if kept else "",
         "this_page": _shown(row, run) if run else "",
         "verdict": verdict(row, run) if run else kept_verdict,
@@ -220,6 +220,12 @@ def _line(row: dict, run: dict | None, kept: dict | None) -> dict:
         "kept_scale": kept["scale"] if kept else "",
         "value": _value(row, run),
     }
+
+
+def _claim_name(key: str) -> str:
+    """As pages and ledgers call it: claim/c1a_on_mnist is "claim C1a", claim/noise is "claim"."""
+    found = re.match(r"claim/c(\d+[a-z]?)(?=_|$)", key)
+    return f"claim C{found[1]}" if found else "claim"
 
 
 def _scale_and_data(row: dict, run: dict) -> str:

@@ -167,11 +167,12 @@ def _scored(rows) -> list[str]:
     """A chapter's part of the scorecard, from its rows that have a value."""
     if not len(rows):
         return ["No run of this chapter is kept yet, so there is no value to show."]
-    claims, numbers = rows[rows["paper"] == "claim"], rows[rows["paper"] != "claim"]
-    columns = ["where", "what", "kept_run", "verdict"]
+    is_claim = rows["key"].str.startswith("claim/")
+    claims, numbers = rows[is_claim], rows[~is_claim]
     parts = []
     if len(claims):
-        parts.append(table(["where", "the paper says", "kept run", "verdict"], claims[columns].values.tolist()))
+        shown = claims[["where", "paper", "what", "kept_run", "verdict"]]
+        parts.append(table(["where", "", "the paper says", "kept run", "verdict"], shown.values.tolist()))
     if len(numbers):
         shown = numbers[["where", "what", "paper", "kept_run", "verdict"]]
         lines = table(["where", "what", "paper", "kept run", "verdict"], shown.values.tolist())
