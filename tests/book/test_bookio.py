@@ -111,6 +111,18 @@ def test_a_new_default_is_the_small_runs_and_leaves_a_kept_run_shown(write_chapt
     assert "cell 1 of medium" in shown(chapter)
 
 
+def test_a_spread_keeps_its_sign_on_its_line(write_chapter):
+    chapter = write_chapter("work()")
+    path = record_run("medium")
+    notebook = nbformat.read(path, as_version=4)
+    frame = nbformat.v4.new_output("execute_result", {"text/html": "<td>0.78 ± 0.04</td>", "text/plain": "0.78 ± 0.04"})
+    notebook.cells[-1].outputs = [frame]
+    nbformat.write(notebook, path)
+    data = bookio.read(chapter.read_text()).cells[-1].outputs[0].data
+    assert data["text/html"] == "<td>0.78 ±&nbsp;0.04</td>"
+    assert data["text/plain"] == "0.78 ± 0.04"
+
+
 def test_tables_of_verdicts_follow_the_reported_numbers(write_chapter):
     chapter = write_chapter("work()", 'x = 1\nrun.compare("t1/")', "run.compare()")
     reported = chapter.parents[1] / "reported/tiny.csv"
