@@ -100,11 +100,9 @@ def _copy_outputs(source: nbformat.NotebookNode, page: nbformat.NotebookNode) ->
     for executed, shown in zip(_code_cells(source), _code_cells(page), strict=True):
         shown.outputs = copy.deepcopy(executed.outputs)
         shown.execution_count = executed.execution_count
-        for output in shown.outputs:
-            if "text/html" in output.get(
-                "data", {}
-            ):  # a spread breaks from its number, if it must, but not from its sign
-                output.data["text/html"] = output.data["text/html"].replace(" ± ", " ±&nbsp;")
+        for data in (output.data for output in shown.outputs if "data" in output):
+            if "text/html" in data:  # a spread breaks from its number, if it must, but not from its sign
+                data["text/html"] = data["text/html"].replace(" ± ", " ±&nbsp;")
 
 
 def _compare_anew(chapter: str, record: dict, page: nbformat.NotebookNode) -> None:
