@@ -63,6 +63,18 @@ def test_another_detector_sees_the_same_trials_and_knows_who_was_copied(pool):
     assert all((a.synthetic.pixels == b.synthetic.pixels).all() for a, b in zip(drawn, flat, strict=True))
 
 
+def test_more_quiet_trials_leave_the_others_as_they_are(pool):
+    settings = {"members": 24, "synthetic": 40, "shares": (0.5,), "repeats": 2, "leaks": ("copy",)}
+    few, many = (calibration.trials(pool, **settings, quiet=n, detect=lambda trial: trial.seed) for n in (None, 7))
+    assert many.pop("threshold")[:2] == few.pop("threshold")
+    assert many == few
+    drawn = calibration.trials(pool, **settings, quiet=7, detect=lambda trial: trial.copied)["threshold"]
+    assert len(drawn) == 7
+    assert set(drawn) == {None}
+    with pytest.raises(ValueError, match="quiet is 1, repeats 2"):
+        calibration.trials(pool, **settings, quiet=1, detect=len)
+
+
 def test_no_subject_is_dealt_twice(pool):
     parts = deal(pool.subjects, [10, 21, 30], np.random.default_rng(0))
     whose = [set(pool.subjects[part]) for part in parts]

@@ -108,14 +108,21 @@ def calibrate(pool, *, members, synthetic, shares, repeats, seed=0, leaks=KINDS,
     return powers(found.pop("threshold"), found)
 
 
-def trials(pool, *, members, synthetic, shares, repeats, detect, seed=0, leaks=KINDS):
-    """{world: what `detect` gives of each of `repeats` trials}; "threshold": trials without a leak, see `powers`."""
+def trials(pool, *, members, synthetic, shares, repeats, detect, seed=0, leaks=KINDS, quiet=None):
+    """{world: what `detect` gives of each of `repeats` trials}; "threshold": `quiet` trials without a leak (None: as
+    many), see `powers`. Few of them make a threshold that holds 5 % only over many calibrations, not in this one.
+    """
+    quiet = repeats if quiet is None else quiet
+    if quiet < repeats:
+        raise ValueError(f"The threshold takes as many trials as a leak or more: quiet is {quiet}, repeats {repeats}.")
     copies = {f"{leak}, {share:.0%}": (leak, share) for share in shares for leak in leaks}
     worlds = {"threshold": None, NO_LEAK: None, **copies} | ({SECOND_SITE: None} if pool.elsewhere is not None else {})
     rng, found = np.random.default_rng(seed), {world: [] for world in worlds}
     for _ in range(repeats):
         for world, planted in worlds.items():
             found[world].append(detect(_trial(pool, planted, world == SECOND_SITE, members, synthetic, rng)))
+    for _ in range(quiet - repeats):
+        found["threshold"].append(detect(_trial(pool, None, False, members, synthetic, rng)))
     return found
 
 

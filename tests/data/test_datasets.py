@@ -172,7 +172,7 @@ def test_all_names_of_the_chapters_are_there():
         "ham10000_melanoma isic2019 isic2020 melanoma_external_256 "
         "vertebra_units vertebra_units_elsewhere vertebra_units_confounded pgan_synthetic phantom_grey28 "
         "phantom_mammography phantom_mammography_elsewhere phantom_vertebrae phantom_spines "
-        "phantom_spines_elsewhere phantom_dermoscopy phantom_dermoscopy_framed "
+        "phantom_spines_many phantom_spines_elsewhere phantom_dermoscopy phantom_dermoscopy_framed "
         "phantom_brain"
     )
     assert set(expected.split()) == set(names())

@@ -7,6 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
 
@@ -30,6 +32,7 @@ from lookalike.training.vertebra_trials import (
     look,
     planted_leaks,
     site_artefact,
+    thin,
 )
 
 SIDE, ELSEWHERE = 16, "elsewhere"
@@ -100,6 +103,30 @@ def test_another_site_is_a_leak_that_is_none(planted):
 
 def test_the_same_seed_gives_the_same_trials(planted):
     assert planted_leaks(None, **PLANTED) == planted
+
+
+def test_a_thinned_pool_keeps_every_subject_and_few_images_of_each(planted):
+    thinned = planted_leaks(None, **PLANTED | {"members": 12, "released": 24, "per_subject": 3, "quiet": 6})
+    assert thinned["subjects"] == planted["subjects"] == 24
+    assert (thinned["images"], planted["images"]) == (72, 144)
+    assert (thinned["quiet"], planted["quiet"]) == (6, 5)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=40), st.integers(1, 12), st.integers(0, 3))
+def test_thinning_takes_so_many_of_each_subject_or_all(subjects, most, seed):
+    subjects = np.array(subjects)
+    rows = thin(subjects, most, seed)
+    assert (np.diff(rows) > 0).all()
+    for subject in set(subjects):
+        assert (subjects[rows] == subject).sum() == min(most, (subjects == subject).sum())
+    assert (thin(subjects, most, seed) == rows).all()
+
+
+def test_thinning_draws_others_with_another_seed_and_refuses_none_of_a_subject():
+    subjects = np.repeat(["a", "b"], 30)
+    assert (thin(subjects, 5, 0) != thin(subjects, 5, 1)).any()
+    with pytest.raises(ValueError, match="per_subject must be 1 image of a subject or more, not 0"):
+        thin(subjects, 0, 0)
 
 
 def test_a_trial_counts_the_members_that_were_copied():

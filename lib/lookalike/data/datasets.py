@@ -532,6 +532,7 @@ _PHANTOMS = {
     "phantom_mammography_elsewhere": (phantoms.mammography_elsewhere, (400, 100, 200)),
     "phantom_vertebrae": (phantoms.vertebrae, (240, 60, 120)),
     "phantom_spines": (phantoms.spines, (960, 360, 360)),
+    "phantom_spines_many": (phantoms.spines, (6000, 1200, 1200)),  # 100, 20 and 20 patients in place of 16, 6 and 6
     "phantom_spines_elsewhere": (phantoms.spines_elsewhere, (360, 120, 360)),
     "phantom_dermoscopy": (phantoms.dermoscopy, (800, 200, 400)),
     "phantom_dermoscopy_framed": (phantoms.dermoscopy_framed, (800, 200, 400)),
@@ -555,4 +556,4 @@ def _load_phantom(name, split, image_size):
     code = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
     versions = [np.__version__, scipy.__version__]
     images, labels, subjects = _packed(name, [code, versions, counts[seed], split, image_size], read)
-    return dataclasses.replace(rendered(1), images=images, labels=labels, subjects=subjects)
+    return dataclasses.replace(rendered(1), name=name, images=images, labels=labels, subjects=subjects)

@@ -76,29 +76,34 @@ class Seen:
 
 
 def planted_leaks(
-    folder, *, data, elsewhere, image_size, members, released, shares, repeats, embedding_rows, seed, leaks=KINDS
-):
+    folder, *, data, elsewhere, image_size, members, released, shares, repeats, embedding_rows, seed, leaks=KINDS,
+    quiet=None, per_subject=None,
+):  # fmt: skip
     """A stage: pGAN's attacks, LOGAN's and a search for detail on `repeats` draws with known leaks, see `calibration`.
 
     Pool: train and val of `data`, dealt by subjects into `members` images, as many held-out and reference ones, and
-    `released` ones, of which `shares` are copies of members. The second site is the test split of `elsewhere` ("": none
-    is tried). The embedding is a UMAP of `embedding_rows` images of `data`'s test split, which are in no trial.
+    `released` ones, of which `shares` are copies of members. `per_subject` images of each subject at most are in the
+    pool, drawn once (None: all): the fewer, the more subjects are on each side, and the steadier the thresholds, which
+    `quiet` trials set (None: `repeats`). The second site is the test split of `elsewhere` ("": none is tried). The
+    embedding is a UMAP of `embedding_rows` images of `data`'s test split, which are in no trial.
     Returns "worlds": {world: {detector: {"power", "interval", "auc", "found", "found_interval"}}}: share of trials that
     pass a threshold which 5 % of leak-free ones pass; mean AUC of all members against held-out images (None for flags);
     share of the copied members that are called at 1 % of false alarms in the trial's own held-out images (None where
-    none are), flags at their own 0.1 %. Beside it "detectors" (what each looks at), "images", "subjects", "embedding".
+    none are), flags at their own 0.1 %. Beside it "detectors" (what each looks at), "images" and "subjects" of the
+    pool, "quiet" and "embedding".
     """
-    pool = _pool(data, elsewhere, image_size, members, leaks, embedding_rows, seed)
+    pool = _pool(data, elsewhere, image_size, members, leaks, embedding_rows, seed, per_subject)
     found = calibration.trials(
-        pool, members=members, synthetic=released, shares=shares, repeats=repeats, seed=seed, leaks=leaks, detect=look
-    )
+        pool, members=members, synthetic=released, shares=shares, repeats=repeats, seed=seed, leaks=leaks, detect=look,
+        quiet=quiet,
+    )  # fmt: skip
     values = {world: [{name: s.value for name, s in t[0].items()} for t in drawn] for world, drawn in found.items()}
     power = calibration.powers(values.pop("threshold"), values)
     worlds = {
         world: {name: row | _over_trials(found[world], name) for name, row in rows.items()}
         for world, rows in power.items()
     }
-    counts = {"images": len(pool.images), "subjects": len(np.unique(pool.subjects))}
+    counts = {"images": len(pool.images), "subjects": len(np.unique(pool.subjects)), "quiet": len(found["threshold"])}
     return {"worlds": worlds, "detectors": DETECTORS, **counts, "embedding": pool.images.features.shape[1]}
 
 
@@ -161,9 +166,21 @@ def _over_trials(drawn, name):
     return {"auc": areas, "found": mean["value"], "found_interval": [low, high]}
 
 
-def _pool(data, elsewhere, image_size, members, leaks, embedding_rows, seed):
+def thin(subjects, most, seed):
+    """Sorted rows of at most `most` images of each subject, drawn at random."""
+    if most < 1:
+        raise ValueError(f"per_subject must be 1 image of a subject or more, not {most}.")
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    taken = {}
+    for row in order:
+        taken.setdefault(subjects[row], []).append(row)
+    return np.sort(np.concatenate([rows[:most] for rows in taken.values()]))
+
+
+def _pool(data, elsewhere, image_size, members, leaks, embedding_rows, seed, per_subject=None):
     """`calibration.Pool` with the embedding as features; every set is embedded once, in one call."""
     images = together([datasets.load(data, split, image_size) for split in ("train", "val")])
+    images = images if per_subject is None else images.subset(thin(images.subjects, per_subject, seed))
     beside = datasets.load(data, "test", image_size)
     if embedding_rows > len(beside):
         raise ValueError(
